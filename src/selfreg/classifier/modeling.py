@@ -1,0 +1,466 @@
+"""RegularizedSequenceClassifier: a linear head on pooled hidden states that knows what it must not use."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from selfreg.activations.backbone import hidden_states_at, load_backbone, resolve_model
+from selfreg.activations.extractor import HiddenStateExtractor
+from selfreg.activations.prompt import PromptBatch, pool_hidden_states, select_tokens, wrap_batch
+from selfreg.activations.store import ActivationStore, pool_shard
+from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
+from selfreg.classifier.penalty import feature_activations
+from selfreg.classifier.states import PooledStates
+from selfreg.features.selection import UnintendedFeatures
+from selfreg.sae.modeling import SAEForFeatureExtraction
+from selfreg.utils.progress import progress
+
+BACKBONE_FOLDER = "backbone"
+_BACKBONE_PREFIX = "backbone."
+
+
+class RegularizedSequenceClassifier(PreTrainedModel):
+    """Backbone, pooling and a linear head `score`, with the rows of the unintended features.
+
+    logits = score((pool(h') - mean) / scale), h' = h - Σ_c a_c(h) · W_dec[c] where the features are removed. `mean` and
+    the one scalar `scale` are set from the training set. It needs no SAE to run.
+
+    Args:
+        config (`RegularizedSequenceClassifierConfig`): the configuration.
+        backbone (`PreTrainedModel`, *optional*): the language model. Without one only `pooled` states can be scored.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, saved with the classifier.
+    """
+
+    config_class = RegularizedSequenceClassifierConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    config: RegularizedSequenceClassifierConfig
+    encoder_directions: Tensor
+    encoder_bias: Tensor
+    decoder_directions: Tensor
+    pooled_mean: Tensor
+    pooled_scale: Tensor
+
+    def __init__(
+        self,
+        config: RegularizedSequenceClassifierConfig,
+        backbone: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__(config)
+        shape = (config.num_unintended, config.hidden_size)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.register_buffer("encoder_directions", torch.zeros(shape))
+        self.register_buffer("encoder_bias", torch.zeros(config.num_unintended))
+        self.register_buffer("decoder_directions", torch.zeros(shape))
+        self.register_buffer("pooled_mean", torch.zeros(config.hidden_size))
+        self.register_buffer("pooled_scale", torch.ones(()))
+        self.backbone: PreTrainedModel | None = None
+        self.tokenizer = tokenizer
+        self.post_init()
+        if backbone is not None:
+            self.set_backbone(backbone)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.score:
+            # A linear head on standardised states needs no symmetry broken: from zero, training has no seed to it but
+            # the order of the batches, and weights that no gradient moves stay off every feature.
+            nn.init.zeros_(self.score.weight)
+            nn.init.zeros_(self.score.bias)
+        elif module is self:
+            for buffer in (self.encoder_directions, self.encoder_bias, self.decoder_directions, self.pooled_mean):
+                nn.init.zeros_(buffer)
+            nn.init.ones_(self.pooled_scale)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        extractor: HiddenStateExtractor,
+        sae: SAEForFeatureExtraction | None,
+        unintended: UnintendedFeatures | None,
+        *,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        remove_unintended: bool = True,
+        problem_type: str | None = "single_label_classification",
+    ) -> "RegularizedSequenceClassifier":
+        """A classifier with an untrained head.
+
+        Args:
+            extractor: backbone, layer, pooling, template and token rule.
+            sae: the SAE that the features are of, to check that all three belong together; may be None.
+            unintended: what the classifier must not use; None or empty gives the plain classifier.
+            num_labels, id2label: the labels; one of the two.
+            remove_unintended: take the features out of the hidden states.
+            problem_type: as in transformers.
+
+        Raises:
+            ValueError: the SAE or the features are of another width, layer or model.
+        """
+        spec = extractor.spec
+        if sae is not None:
+            sae_spec = sae.config.hidden_state_spec()
+            if sae.config.hidden_size != spec.hidden_size:
+                raise ValueError(
+                    f"the SAE takes states of width {sae.config.hidden_size}, the extractor gives {spec.hidden_size}"
+                )
+            if sae_spec is not None:
+                sae_spec.check_features_fit(spec, "the SAE", "the extractor")
+        if unintended is not None:
+            if unintended.hidden_size != spec.hidden_size:
+                raise ValueError(
+                    f"the unintended features have width {unintended.hidden_size}, the extractor gives "
+                    f"{spec.hidden_size}"
+                )
+            if unintended.spec is not None:
+                unintended.spec.check_features_fit(spec, "the unintended features", "the extractor")
+            if sae is not None and unintended.num_features != sae.config.num_features:
+                raise ValueError(
+                    f"the unintended features are of an SAE with {unintended.num_features} features, this one has "
+                    f"{sae.config.num_features}"
+                )
+        if id2label is None:
+            if num_labels is None:
+                raise ValueError("give num_labels or id2label")
+            id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+        elif num_labels is not None and num_labels != len(id2label):
+            raise ValueError(f"num_labels={num_labels}, but id2label names {len(id2label)} labels")
+        from selfreg import __version__
+
+        layout = asdict(extractor.layout)
+        layout.pop("max_length")
+        config = RegularizedSequenceClassifierConfig(
+            hidden_size=spec.hidden_size,
+            base_model_name_or_path=spec.model,
+            base_model_revision=spec.revision,
+            base_model_gguf_file=spec.gguf_file,
+            backbone_dtype=str(extractor.backbone.dtype).removeprefix("torch."),
+            layer=spec.layer,
+            pooling=extractor.pooling,
+            token_rule=spec.token_rule,
+            reference_norm=extractor.reference_norm,
+            template=spec.template,
+            max_length=spec.max_length,
+            prompt_layout={k: list(v) if isinstance(v, tuple) else v for k, v in layout.items()},
+            pad_id=extractor.pad_id,
+            unintended_feature_ids=list(unintended.feature_ids) if unintended else [],
+            unintended_reasons=list(unintended.reasons) if unintended else [],
+            sae_num_features=unintended.num_features if unintended else None,
+            remove_unintended=remove_unintended,
+            id2label=id2label,
+            label2id={label: i for i, label in id2label.items()},
+            problem_type=problem_type,
+            selfreg_version=__version__,
+        )
+        model = cls(config, backbone=extractor.backbone, tokenizer=extractor.tokenizer)
+        if unintended is not None:
+            model.encoder_directions.copy_(unintended.encoder_directions)
+            model.encoder_bias.copy_(unintended.encoder_bias)
+            model.decoder_directions.copy_(unintended.decoder_directions)
+        return model.to(extractor.device)
+
+    def set_backbone(self, backbone: PreTrainedModel) -> None:
+        """Puts a language model under the head."""
+        self.backbone = backbone
+        # The backbone is named in the config, not saved; with this the Trainer neither writes it nor misses it.
+        self._keys_to_ignore_on_save = {_BACKBONE_PREFIX + key for key in backbone.state_dict()}
+
+    @property
+    def backbone_is_frozen(self) -> bool:
+        return self.backbone is None or not any(p.requires_grad for p in self.backbone.parameters())
+
+    @property
+    def unintended(self) -> UnintendedFeatures:
+        """The unintended features, as `from_backbone` took them."""
+        spec = self.config.hidden_state_spec()
+        return UnintendedFeatures(
+            feature_ids=list(self.config.unintended_feature_ids or []),
+            reasons=list(self.config.unintended_reasons or []),
+            encoder_directions=self.encoder_directions.detach().cpu(),
+            encoder_bias=self.encoder_bias.detach().cpu(),
+            decoder_directions=self.decoder_directions.detach().cpu(),
+            num_features=self.config.sae_num_features or 0,
+            spec=spec if spec.model else None,
+        )
+
+    def train(self, mode: bool = True) -> "RegularizedSequenceClassifier":
+        super().train(mode)
+        if self.backbone is not None and self.backbone_is_frozen:
+            # Dropout in a frozen backbone would only blur the states that the head learns from.
+            self.backbone.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._require_backbone().get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pooled: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """
+        Args:
+            input_ids, attention_mask (`[batch, tokens]`): what the tokenizer makes of the bare texts, padded on either
+                side; the template is put around them here, and what is over `max_length` is cut off.
+            labels (`[batch]`): class ids.
+            pooled (`[batch, hidden_size]`): cached states from `pooled_states`, instead of texts.
+            token_type_ids: taken for the sake of tokenizers that give them, and not used.
+            return_dict: as in transformers.
+
+        Returns:
+            `SequenceClassifierOutput` with `logits` `[batch, num_labels]`, and the mean cross-entropy with labels.
+        """
+        if (pooled is None) == (input_ids is None):
+            raise ValueError("give either input_ids or pooled states")
+        if input_ids is not None:
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            pooled, _ = self.pool(input_ids, attention_mask)
+        assert pooled is not None
+        logits = self.score(self.standardize(pooled))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits, labels)
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def standardize(self, pooled: Tensor) -> Tensor:
+        """Raw pooled states -> what the head sees."""
+        return (pooled.to(self.score.weight.dtype) - self.pooled_mean) / self.pooled_scale
+
+    @torch.no_grad()
+    def set_standardization(self, pooled: Tensor) -> None:
+        """Sets `pooled_mean` and `pooled_scale` from the raw pooled states `[N, hidden_size]` of the training set.
+
+        Raises:
+            ValueError: all states are the same, or one is not finite.
+        """
+        states = pooled.double()
+        mean = states.mean(dim=0)
+        scale = (states - mean).pow(2).mean().sqrt()
+        if not (torch.isfinite(scale) and scale > 0):
+            raise ValueError(f"the pooled states have a spread of {float(scale)}: they are all alike, or not finite")
+        self.pooled_mean.copy_(mean)
+        self.pooled_scale.copy_(scale)
+
+    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Texts as the tokenizer gives them -> raw pooled states `[batch, hidden_size]`, after removal where it is on,
+        and the largest activation of each unintended feature `[batch, U]`."""
+        config = self.config
+        backbone = self._require_backbone()
+        batch = wrap_batch(config.layout(), input_ids, attention_mask, config.pad_id)
+        hidden = hidden_states_at(
+            backbone,
+            config.layer,  # type: ignore[arg-type]
+            batch.input_ids,
+            batch.attention_mask,
+        ).float()
+        return self._pool_tokens(hidden, batch)
+
+    def _pool_tokens(self, hidden: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        config = self.config
+        norm = config.reference_norm if config.reference_norm is not None else float("inf")
+        selected, keep = select_tokens(hidden, batch, config.token_rule, norm)  # type: ignore[arg-type]
+        activations = feature_activations(selected, self.encoder_directions, self.encoder_bias)
+        maxima = activations.masked_fill(~keep.unsqueeze(-1), 0.0).amax(dim=1)
+        if config.pooling == "cls":
+            pooled = hidden[:, 0]
+            first = feature_activations(pooled, self.encoder_directions, self.encoder_bias)
+        else:
+            pooled = pool_hidden_states(selected, keep, config.pooling)  # type: ignore[arg-type]
+            first = pool_hidden_states(activations, keep, config.pooling)  # type: ignore[arg-type]
+        # Both poolings are linear in the tokens, so that removing from the pooled state is removing token by token.
+        return self._remove(pooled, first), maxima
+
+    def _remove(self, pooled: Tensor, pooled_activations: Tensor) -> Tensor:
+        if not self.config.remove_unintended:
+            return pooled
+        return pooled - pooled_activations @ self.decoder_directions
+
+    @torch.inference_mode()
+    def pooled_states(self, texts: Any, labels: Any) -> PooledStates:
+        """Runs the backbone over texts once.
+
+        Args:
+            texts: strings, or an `ActivationStore` of the same backbone, layer and settings.
+            labels (`[N]`): class ids.
+
+        Raises:
+            ValueError: an empty text, or a store of other states.
+        """
+        labels = torch.as_tensor(labels, dtype=torch.long)
+        if isinstance(texts, ActivationStore):
+            pooled, activations = self._pool_store(texts)
+        else:
+            pooled, activations = self._pool_texts(list(texts))
+        # Copies: tensors of inference mode could not be trained on.
+        return PooledStates(pooled.clone(), activations.clone(), labels)
+
+    def _pool_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        extractor = self.extractor()
+        pooled = torch.empty(len(texts), self.config.hidden_size)
+        activations = torch.empty(len(texts), self.config.num_unintended)
+        with progress("pooled states", len(texts), "texts") as advance:
+            for rows, batch, hidden in extractor.forward_batches(texts):
+                states, maxima = self._pool_tokens(hidden, batch)
+                pooled[rows], activations[rows] = states.cpu(), maxima.cpu()
+                advance(len(rows))
+        return pooled, activations
+
+    def _pool_store(self, store: ActivationStore) -> tuple[Tensor, Tensor]:
+        spec = self.config.hidden_state_spec()
+        if store.spec != spec:
+            raise ValueError(
+                f"the store {store.path} holds other states than this classifier reads: {store.spec} there, {spec} here"
+            )
+        pooling: Any = self.config.pooling
+        pooled = torch.empty(store.num_texts, self.config.hidden_size)
+        maxima = torch.zeros(store.num_texts, self.config.num_unintended)
+        rows = self.encoder_directions.cpu(), self.encoder_bias.cpu()
+        for shard in store.shards():
+            states = shard.hidden_states.float()
+            activations = feature_activations(states, *rows)
+            part = slice(shard.first_text, shard.end_text)
+            raw = pool_shard(shard, states, pooling)
+            pooled_activations = (
+                feature_activations(raw, *rows) if pooling == "cls" else pool_shard(shard, activations, pooling)
+            )
+            pooled[part] = raw
+            if self.config.remove_unintended:
+                pooled[part] -= pooled_activations @ self.decoder_directions.cpu()
+            index = (shard.text_ids.long() - shard.first_text).unsqueeze(1).expand_as(activations)
+            maxima[part] = maxima[part].scatter_reduce(0, index, activations, "amax")
+        return pooled, maxima
+
+    def extractor(self) -> HiddenStateExtractor:
+        """The extractor that gives the states this classifier reads."""
+        if self.tokenizer is None:
+            raise ValueError("the classifier has no tokenizer: load it with from_pretrained, or set model.tokenizer")
+        spec = self.config.hidden_state_spec()
+        return HiddenStateExtractor(
+            self._require_backbone(),
+            self.tokenizer,
+            layer=spec.layer,
+            pooling=self.config.pooling,  # type: ignore[arg-type]
+            max_length=spec.max_length,
+            template=spec.template,
+            token_rule=spec.token_rule,
+            name=spec.model,
+            revision=spec.revision,
+            gguf_file=spec.gguf_file,
+        )
+
+    def _require_backbone(self) -> PreTrainedModel:
+        if self.backbone is None:
+            raise ValueError(
+                "this classifier was loaded without its backbone, so that it takes pooled states only; load it with "
+                "from_pretrained to get both"
+            )
+        return self.backbone
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], *, save_backbone: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes head, feature rows, config and tokenizer.
+
+        Args:
+            save_directory: the folder.
+            save_backbone: write the backbone too, so that the folder needs nothing else.
+            kwargs: as in transformers.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.backbone_saved = save_backbone
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        if save_backbone:
+            self._require_backbone().save_pretrained(folder / BACKBONE_FOLDER)
+        super().save_pretrained(folder, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        backbone: PreTrainedModel | None = None,
+        load_backbone_weights: bool = True,
+        **kwargs: Any,
+    ) -> "RegularizedSequenceClassifier":
+        """Loads a classifier and its backbone.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            backbone: the backbone, if it is in memory already.
+            load_backbone_weights: False for the head alone, which takes cached states.
+            kwargs: as in transformers; `dtype` is that of the backbone, the head stays float32.
+
+        Raises:
+            ValueError: the folder lacks weights of the head.
+        """
+        dtype = kwargs.pop("dtype", None)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {', '.join(sorted(info['missing_keys']))}: it is not a whole "
+                "classifier; save it again"
+            )
+        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+        if load_backbone_weights:
+            if backbone is None:
+                backbone = model._load_backbone(pretrained_model_name_or_path, dtype, hub)
+            model.set_backbone(backbone)
+        try:
+            model.tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
+        except (OSError, ValueError):
+            # A head alone is still good for cached states; what needs a tokenizer says so.
+            model.tokenizer = None
+        model.eval()
+        return (model, info) if wants_info else model
+
+    def _load_backbone(self, path: str | os.PathLike[str], dtype: Any, hub: dict[str, Any]) -> PreTrainedModel:
+        config = self.config
+        if dtype is None or dtype == "auto":
+            dtype = config.backbone_dtype
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        if config.backbone_saved:
+            backbone = AutoModel.from_pretrained(path, subfolder=BACKBONE_FOLDER, dtype=dtype, **hub)
+            backbone.requires_grad_(False)
+            return backbone.eval()
+        if config.base_model_name_or_path is None:
+            raise ValueError("the config names no backbone (base_model_name_or_path): pass one with backbone=")
+        source = resolve_model(
+            config.base_model_name_or_path,
+            revision=config.base_model_revision,
+            gguf_file=config.base_model_gguf_file,
+        )
+        return load_backbone(source, layer=config.layer, dtype=dtype)  # type: ignore[arg-type]
+
+
+AutoConfig.register("regularized_sequence_classifier", RegularizedSequenceClassifierConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    RegularizedSequenceClassifierConfig, RegularizedSequenceClassifier, exist_ok=True
+)

@@ -1,0 +1,186 @@
+"""RegularizedTrainer: trains a classifier that stays off the unintended features."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.penalty import dependence_directions
+from selfreg.classifier.regularizer import RegularizationMixin
+from selfreg.classifier.states import PooledStates
+from selfreg.classifier.training_args import RegularizedTrainingArguments
+
+
+class RegularizedTrainer(RegularizationMixin):
+    """Trains a [`RegularizedSequenceClassifier`]; its head alone, where the backbone is frozen.
+
+    Args:
+        model: the classifier; or a stock `AutoModelForSequenceClassification` model, with `unintended`.
+        args: a [`RegularizedTrainingArguments`].
+        train_dataset: a [`PooledStates`]; or rows with `text` (or `input_ids`) and `label` (or `labels`); or rows with
+            `pooled` and `labels`, which is enough where `dependence_weight` is 0.
+        eval_dataset: likewise.
+        unintended: for stock models only.
+        kwargs: as for [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: a column is missing, a text is empty, a label is out of range or there is only one.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: RegularizedTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        unintended: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        own = isinstance(model, RegularizedSequenceClassifier)
+        if own:
+            model.config.remove_unintended = args.remove_unintended
+            kwargs.setdefault("data_collator", ClassifierCollator(model.tokenizer))
+            labels = _check_dataset(train_dataset, model.config.num_labels, "train_dataset", training=True)
+            parts = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+            for name, part in parts.items():
+                _check_dataset(part, model.config.num_labels, name, training=False)
+            if model.backbone_is_frozen and args.cache_states:
+                train_dataset = _cached(model, train_dataset)
+                if isinstance(eval_dataset, dict):
+                    eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
+                else:
+                    eval_dataset = _cached(model, eval_dataset)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            unintended=unintended,
+            **kwargs,
+        )
+        self._class_weights = _class_weights(args, labels, model.config.num_labels) if own else None
+        self.label_names = ["labels"]
+        if own and train_dataset is not None:
+            self._fit(model, train_dataset)
+
+    def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
+        if self._class_weights is None or "labels" not in inputs:
+            return super().task_loss(model, inputs)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        weight = self._class_weights.to(outputs.logits)
+        return F.cross_entropy(outputs.logits, inputs["labels"], weight=weight), outputs
+
+    def _fit(self, model: RegularizedSequenceClassifier, dataset: Any) -> None:
+        """Standardisation and dependence directions, in closed form over the training set."""
+        states = dataset if isinstance(dataset, PooledStates) else None
+        if states is None and "pooled" in dataset[0]:
+            rows = [dataset[i] for i in range(len(dataset))]
+            pooled = torch.stack([torch.as_tensor(row["pooled"], dtype=torch.float32) for row in rows])
+            if self.args.dependence_weight and "unintended_activations" not in rows[0]:
+                raise ValueError(
+                    "rows of pooled states need 'unintended_activations' for the dependence term: make them with "
+                    "model.pooled_states(texts, labels), or set dependence_weight=0"
+                )
+            activations = torch.stack(
+                [torch.as_tensor(row.get("unintended_activations", []), dtype=torch.float32) for row in rows]
+            )
+            states = PooledStates(pooled, activations, torch.tensor([_label_of(row) for row in rows]))
+        if states is None:
+            # cache_states is off: the backbone runs at every step, and once before for what the head is fitted to.
+            states = model.pooled_states(_texts_of(dataset), _labels_of(dataset))
+        model.set_standardization(states.pooled)
+        if self.args.dependence_weight and model.config.num_unintended:
+            standardized = (states.pooled - model.pooled_mean.cpu()) / model.pooled_scale.cpu()
+            self.regularizer.dependence_directions = dependence_directions(
+                standardized, states.activations, states.labels
+            )
+
+
+class ClassifierCollator:
+    """Rows with pooled states, token ids or text -> a batch.
+
+    Args:
+        tokenizer: for texts and token ids.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        first = rows[0]
+        batch: dict[str, Any] = {}
+        if "pooled" in first:
+            batch["pooled"] = torch.stack([torch.as_tensor(row["pooled"]) for row in rows])
+        elif self.tokenizer is None:
+            raise ValueError("texts can't be batched without a tokenizer: set model.tokenizer, or use pooled states")
+        elif "input_ids" in first:
+            ids = [{"input_ids": row["input_ids"]} for row in rows]
+            batch.update(self.tokenizer.pad(ids, return_tensors="pt"))
+        else:
+            texts = [row["text"] for row in rows]
+            batch.update(self.tokenizer(texts, padding=True, return_tensors="pt", verbose=False))
+        if "labels" in first or "label" in first:
+            batch["labels"] = torch.tensor([_label_of(row) for row in rows])
+        return batch
+
+
+def _cached(model: RegularizedSequenceClassifier, dataset: Any) -> Any:
+    if dataset is None or isinstance(dataset, PooledStates) or "text" not in dataset[0]:
+        return dataset
+    return model.pooled_states(_texts_of(dataset), _labels_of(dataset))
+
+
+def _texts_of(dataset: Any) -> list[str]:
+    return [row["text"] for row in dataset]
+
+
+def _label_of(row: Mapping[str, Any]) -> int:
+    return int(row["labels"] if "labels" in row else row["label"])
+
+
+def _labels_of(dataset: Any) -> list[Any]:
+    if isinstance(dataset, PooledStates):
+        return dataset.labels.tolist()
+    name = "labels" if "labels" in dataset[0] else "label"
+    return [row[name] for row in dataset]
+
+
+def _check_dataset(dataset: Any, num_labels: int, name: str, *, training: bool) -> list[int]:
+    """Labels of a dataset, after checks that would otherwise fail deep inside the first step."""
+    if dataset is None:
+        return []
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty")
+    columns = dataset[0].keys()
+    if not {"text", "input_ids", "pooled"} & set(columns):
+        raise ValueError(f"{name} needs a column 'text', 'input_ids' or 'pooled'; it has {', '.join(columns)}")
+    if not {"label", "labels"} & set(columns):
+        raise ValueError(f"{name} needs a column 'label' or 'labels'; it has {', '.join(columns)}")
+    labels = _labels_of(dataset)
+    for row, label in enumerate(labels):
+        if isinstance(label, str) or not 0 <= int(label) < num_labels:
+            raise ValueError(
+                f"{name}: label {label!r} in row {row} is no class id; the model has labels 0 to {num_labels - 1}"
+            )
+    labels = [int(label) for label in labels]
+    if training and len(set(labels)) < 2:
+        raise ValueError(f"{name} holds one label only ({labels[0]}): there is nothing to tell apart")
+    return labels
+
+
+def _class_weights(args: RegularizedTrainingArguments, labels: list[int], num_labels: int) -> Tensor | None:
+    if args.class_weights is None:
+        return None
+    if args.class_weights == "balanced":
+        counts = torch.bincount(torch.tensor(labels), minlength=num_labels).clamp_min(1)
+        return len(labels) / (num_labels * counts.float())
+    if len(args.class_weights) != num_labels:
+        raise ValueError(f"class_weights has {len(args.class_weights)} weights, the model has {num_labels} labels")
+    return torch.tensor(args.class_weights, dtype=torch.float32)

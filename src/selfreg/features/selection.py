@@ -1,0 +1,321 @@
+"""UnintendedFeatures: the features that a classifier must not use, why, and the directions that a classifier needs."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from scipy.stats import false_discovery_control, norm, rankdata
+from torch import Tensor
+
+from selfreg.activations.spec import HiddenStateSpec
+from selfreg.activations.store import ActivationStore, save_tensors
+from selfreg.features.activations import largest_activations
+from selfreg.features.spans import Span
+from selfreg.sae.modeling import SAEForFeatureExtraction
+from selfreg.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from selfreg.features.catalog import FeatureCatalog
+
+WEIGHTS_NAME = "unintended_features.safetensors"
+CONFIG_NAME = "unintended_features.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UnintendedFeatures:
+    """The unintended features of an SAE: U of them, for states of width D.
+
+    Attributes:
+        feature_ids (`list[int]`): which features of the SAE, strongest reason first.
+        reasons (`list[str]`): why each was chosen, for a reader.
+        encoder_directions (`[U, D]`), encoder_bias (`[U]`): pre-activation of raw hidden states.
+        decoder_directions (`[U, D]`): what an activation of 1 adds to a raw hidden state.
+        num_features (`int`): width of the SAE.
+        spec (`HiddenStateSpec`, *optional*): the states that the SAE was trained on.
+    """
+
+    feature_ids: list[int]
+    reasons: list[str]
+    encoder_directions: Tensor
+    encoder_bias: Tensor
+    decoder_directions: Tensor
+    num_features: int
+    spec: HiddenStateSpec | None
+
+    def __len__(self) -> int:
+        return len(self.feature_ids)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.encoder_directions.shape[1]
+
+    @classmethod
+    def from_ids(
+        cls, sae: SAEForFeatureExtraction, ids: Iterable[int], *, reasons: Sequence[str] | None = None
+    ) -> "UnintendedFeatures":
+        """Features named by their number.
+
+        Raises:
+            ValueError: an id is not a feature of the SAE, or comes twice.
+        """
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < sae.config.num_features:
+                raise ValueError(f"feature {i} is not there: the SAE has features 0 to {sae.config.num_features - 1}")
+        if len(set(ids)) != len(ids):
+            raise ValueError("a feature id is given twice")
+        with torch.no_grad():
+            rows = torch.tensor(ids, dtype=torch.long, device=sae.device)
+            return cls(
+                feature_ids=ids,
+                reasons=list(reasons) if reasons is not None else ["named by id"] * len(ids),
+                encoder_directions=sae.encoder_directions[rows].float().cpu().clone(),
+                encoder_bias=sae.encoder_bias[rows].float().cpu().clone(),
+                decoder_directions=sae.decoder_directions[rows].float().cpu().clone(),
+                num_features=sae.config.num_features,
+                spec=sae.config.hidden_state_spec(),
+            )
+
+    @classmethod
+    def from_random(cls, sae: SAEForFeatureExtraction, count: int, *, seed: int = 0) -> "UnintendedFeatures":
+        """As many features at random: the control that any claim about chosen features needs."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randperm(sae.config.num_features, generator=generator)[:count].tolist()
+        return cls.from_ids(sae, ids, reasons=["drawn at random, as a control"] * len(ids))
+
+    @classmethod
+    def from_keywords(
+        cls,
+        sae: SAEForFeatureExtraction,
+        catalog: "FeatureCatalog",
+        keywords: Sequence[str],
+        *,
+        max_features: int = 100,
+        min_share: float = 0.5,
+    ) -> "UnintendedFeatures":
+        """Features that fire on one of `keywords`, or whose explanation holds one.
+
+        A feature is chosen where the word at the peak, or one of the two words before it, is a keyword (whole words,
+        any case) in at least `min_share` of its spans: on a causal model, a feature of a word often peaks just after
+        it. The strongest share comes first.
+
+        Args:
+            sae: the SAE of the catalogue.
+            catalog: its spans and explanations.
+            keywords: words or phrases.
+            max_features: how many at most.
+            min_share: share of the spans.
+
+        Raises:
+            ValueError: no keywords.
+        """
+        catalog.check_sae(sae)
+        pattern = keyword_pattern(keywords)
+        found: list[tuple[float, float, int, str]] = []
+        for record in catalog.records:
+            hits = [match for match in (keyword_near_peak(span, pattern) for span in record.spans) if match]
+            share = len(hits) / len(record.spans) if record.spans else 0.0
+            in_explanation = pattern.search(record.explanation) if record.explanation else None
+            if in_explanation is None and (share < min_share or len(record.spans) < 2):
+                continue
+            words = ", ".join(sorted({hit.lower() for hit in hits})[:4])
+            reason = f"{len(hits)} of {len(record.spans)} top spans peak on: {words}"
+            if in_explanation is not None:
+                reason = f"explanation holds {in_explanation.group()!r}; {reason}"
+                share = 1.0
+            found.append((share, record.density * record.mean_activation, record.feature, reason))
+        found.sort(key=lambda item: (-item[0], -item[1], item[2]))
+        chosen = found[:max_features]
+        return cls.from_ids(sae, [item[2] for item in chosen], reasons=[item[3] for item in chosen])
+
+    @classmethod
+    def from_attribute(
+        cls,
+        sae: SAEForFeatureExtraction,
+        store: ActivationStore,
+        attribute: Sequence[Any],
+        labels: Sequence[Any],
+        *,
+        max_features: int = 100,
+        false_discovery_rate: float = 0.05,
+    ) -> "UnintendedFeatures":
+        """Features that tell a labelled attribute, among texts of the same label.
+
+        For each feature, the AUC of its largest activation in a text for telling the group, within each true label,
+        averaged over labels weighted by the smaller group; kept where the Benjamini-Hochberg rate is under
+        `false_discovery_rate`, strongest first.
+
+        Args:
+            sae: the SAE.
+            store: hidden states of the texts.
+            attribute: the group of each text; None where it is not known.
+            labels: the task's label of each text.
+            max_features: how many at most.
+
+        Raises:
+            ValueError: lengths differ, or no label has two groups.
+        """
+        if not len(attribute) == len(labels) == store.num_texts:
+            raise ValueError(
+                f"the store has {store.num_texts} texts, but there are {len(attribute)} attributes and {len(labels)} "
+                "labels: give one of each for every text"
+            )
+        strength, p_values, group = attribute_strength(largest_activations(sae, store).numpy(), attribute, labels)
+        kept = false_discovery_control(p_values) < false_discovery_rate
+        order = sorted(np.nonzero(kept)[0].tolist(), key=lambda feature: (-abs(strength[feature] - 0.5), feature))
+        order = order[:max_features]
+        reasons = [f"tells {group[f]!r} from the rest within a label: AUC {strength[f]:.3f}" for f in order]
+        return cls.from_ids(sae, order, reasons=reasons)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes `unintended_features.safetensors` and `unintended_features.json` (the reason for every feature)."""
+        folder = Path(save_directory)
+        tensors = {
+            "encoder_directions": self.encoder_directions.contiguous(),
+            "encoder_bias": self.encoder_bias.contiguous(),
+            "decoder_directions": self.decoder_directions.contiguous(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / WEIGHTS_NAME, tensors)
+        features = [{"id": i, "reason": r} for i, r in zip(self.feature_ids, self.reasons, strict=True)]
+        config = {
+            "format_version": FORMAT_VERSION,
+            "num_features": self.num_features,
+            "spec": self.spec.to_dict() if self.spec else None,
+            "features": features,
+        }
+        write_json(folder / CONFIG_NAME, config)
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | os.PathLike[str]) -> "UnintendedFeatures":
+        """Reads a folder that `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing.
+            ValueError: they do not belong together, or the format is newer.
+        """
+        folder = Path(save_directory)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"{folder} holds no {name}: it is not a folder of unintended features")
+        config = read_json(folder / CONFIG_NAME)
+        if config["format_version"] > FORMAT_VERSION:
+            raise ValueError(f"{folder / CONFIG_NAME} is of a newer selfreg: upgrade selfreg")
+        tensors = load_file(folder / WEIGHTS_NAME)
+        if len(tensors["encoder_directions"]) != len(config["features"]):
+            raise ValueError(f"{WEIGHTS_NAME} and {CONFIG_NAME} in {folder} hold different numbers of features")
+        return cls(
+            feature_ids=[feature["id"] for feature in config["features"]],
+            reasons=[feature["reason"] for feature in config["features"]],
+            num_features=config["num_features"],
+            spec=HiddenStateSpec.from_dict(config["spec"]) if config["spec"] else None,
+            **tensors,
+        )
+
+
+def keyword_pattern(keywords: Sequence[str]) -> re.Pattern[str]:
+    """Whole words or phrases, any case.
+
+    Raises:
+        ValueError: there are none.
+    """
+    words = [keyword.strip() for keyword in keywords if keyword.strip()]
+    if not words:
+        raise ValueError("no keywords given")
+    return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
+
+
+def keyword_near_peak(span: Span, pattern: re.Pattern[str]) -> str | None:
+    """The keyword at the word of the peak or one of the two words before it; None where there is none."""
+    text = str(span)
+    start, end = len(span.before), len(span.before) + len(span.peak)
+    # The word that the peak is a piece of.
+    while start > 0 and text[start - 1].isalnum():
+        start -= 1
+    while end < len(text) and text[end].isalnum():
+        end += 1
+    words_before = [match.start() for match in re.finditer(r"\w+", text[:start])]
+    begin = words_before[-2] if len(words_before) >= 2 else 0
+    match = pattern.search(text[begin:end])
+    return match.group() if match else None
+
+
+def attribute_strength(
+    activations: NDArray[np.floating[Any]], attribute: Sequence[Any], labels: Sequence[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[Any]]:
+    """How well each feature tells the group of a text among texts of the same label.
+
+    Args:
+        activations: `[texts, features]`.
+        attribute, labels: one of each for every text.
+
+    Returns:
+        AUC averaged over labels, weighted by the smaller group, `[features]`; its two-sided p-value (normal
+        approximation of the Mann-Whitney statistic, with ties); and the group that it is about. With more than two
+        groups each is told from the rest, the one furthest from 0.5 counts, and p is multiplied by their number.
+
+    Raises:
+        ValueError: no label has texts of two groups.
+    """
+    known = np.array([value is not None for value in attribute])
+    groups, labels_array = np.array(attribute, dtype=object), np.array(labels, dtype=object)
+    values = sorted({str(value): value for value in groups[known]}.items())
+    # With two groups, one against the rest says everything already.
+    targets = [value for _, value in values][-1:] if len(values) == 2 else [value for _, value in values]
+    num_features = activations.shape[1]
+    best = np.full(num_features, 0.5)
+    p_best = np.ones(num_features)
+    which: list[Any] = [targets[0] if targets else None] * num_features
+    usable = False
+    for target in targets:
+        total = np.zeros(num_features)
+        variance = np.zeros(num_features)
+        weights = 0.0
+        for label in {str(value): value for value in labels_array}.values():
+            rows = known & (labels_array == label)
+            positive = (groups[rows] == target).astype(bool)
+            smaller = min(positive.sum(), (~positive).sum())
+            if smaller == 0:
+                continue
+            auc, var = _auc_and_variance(activations[rows], positive)
+            total += smaller * auc
+            variance += smaller**2 * var
+            weights += smaller
+        if weights == 0:
+            continue
+        usable = True
+        mean = total / weights
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z = np.where(variance > 0, np.abs(total - 0.5 * weights) / np.sqrt(variance), 0.0)
+        p = np.minimum(1.0, 2 * norm.sf(z) * len(targets))
+        better = np.abs(mean - 0.5) > np.abs(best - 0.5)
+        best, p_best = np.where(better, mean, best), np.where(better, p, p_best)
+        which = [target if b else old for b, old in zip(better, which, strict=True)]
+    if not usable:
+        raise ValueError("no label has texts of two groups: the attribute can't be told apart from the label")
+    return best, p_best, which
+
+
+def _auc_and_variance(
+    activations: NDArray[np.floating[Any]], positive: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
+    n = n_pos + n_neg
+    ranks = rankdata(activations, axis=0)
+    auc = (ranks[positive].sum(axis=0) - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg)
+    # Under no difference, the rank sum is that of n_pos draws from these ranks without replacement; ties included.
+    variance = ranks.var(axis=0) * n_pos * n_neg / (n - 1) / (n_pos * n_neg) ** 2
+    return auc, variance
+
+
+def as_mapping(unintended: UnintendedFeatures) -> Mapping[int, str]:
+    """Feature id -> reason."""
+    return dict(zip(unintended.feature_ids, unintended.reasons, strict=True))

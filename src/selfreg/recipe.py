@@ -1,0 +1,290 @@
+"""Recipe: one YAML file = one whole run."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from selfreg.utils.files import fingerprint_json
+
+BASELINES = ("plain", "l2", "leace")
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be run, with the key and the mend."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class BackboneRecipe(_Part):
+    """The language model whose hidden states are used."""
+
+    model: str = Field(description="Hub id, local folder, or package:<import name> for an installed wheel.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
+    gguf_file: str | None = Field(None, description="Name of a GGUF file in the repo or folder.")
+    layer: int | Literal["final"] = Field(15, description="Residual stream after this block, counted from 0.")
+    pooling: Literal["last", "mean", "cls"] = Field("mean", description="How a text's states become one.")
+    max_length: int = Field(128, ge=1, description="Tokens of a prompt.")
+    template: str | None = Field(None, description="Prompt around each text, with {text} where it goes.")
+    token_rule: Literal["text_no_sinks", "text", "all"] = Field("text_no_sinks", description="Tokens that count.")
+
+
+class SplitRecipe(_Part):
+    """A set of texts."""
+
+    path: str = Field(description="Local .jsonl, .jsonl.xz, .csv or .parquet (relative to the recipe), or a Hub id.")
+    split: str = Field("train", description="Split of a Hub data set, or a slice of a file: train[:80%].")
+
+
+class DataRecipe(_Part):
+    """What is learned from, and what is measured on."""
+
+    text: str = Field("text", description="Column of the text.")
+    label: str = Field("label", description="Column of the label.")
+    group: str | None = Field(None, description="Column of the group, for gaps and leakage; the classifier never sees it.")
+    train: SplitRecipe
+    eval: dict[str, SplitRecipe] = Field(min_length=1, description="Sets to measure on, by name.")
+    sae_text: SplitRecipe | None = Field(None, description="General text to pre-train the SAE on; null: train.")
+    drop_duplicates: bool = Field(True, description="Drop repeated train texts, and eval texts that stand in train.")
+
+
+class PretrainRecipe(_Part):
+    """Pre-training of the SAE."""
+
+    epochs: float = Field(3, gt=0, description="Passes over the hidden states.")
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(2048, ge=1, description="Hidden states of a batch.")
+    max_tokens: int | None = Field(None, ge=1, description="Stop reading sae_text after about so many tokens.")
+
+
+class FinetuneRecipe(_Part):
+    """Fine-tuning of the SAE on the task's texts."""
+
+    epochs: float = Field(5, gt=0)
+    learning_rate: float = Field(5e-5, gt=0)
+    batch_size: int = Field(2048, ge=1, description="Hidden states of a batch.")
+
+
+class SAERecipe(_Part):
+    """The sparse autoencoder."""
+
+    from_pretrained: str | None = Field(None, description="Hub id or folder of an SAE: skips pre-training.")
+    num_features: int = Field(4608, ge=1)
+    activation: Literal["topk"] = "topk"
+    k: int = Field(32, ge=1, description="Active features of a token.")
+    pretrain: PretrainRecipe = Field(default_factory=PretrainRecipe)
+    finetune: FinetuneRecipe | None = Field(default_factory=FinetuneRecipe, description="null: none.")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "SAERecipe":
+        if self.k > self.num_features:
+            raise ValueError(f"k={self.k} is over num_features={self.num_features}: a state has no more features")
+        return self
+
+
+class ChatRecipe(_Part):
+    """A chat model: {local: <model>}, or {endpoint: <url>, model: <name>, api_key_env: <VARIABLE>}."""
+
+    local: str | None = Field(None, description="A model that transformers loads here.")
+    endpoint: str | None = Field(None, description="URL of an OpenAI-compatible server.")
+    model: str | None = Field(None, description="Name of the model on that server.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the key.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "ChatRecipe":
+        if (self.local is None) == (self.endpoint is None):
+            raise ValueError("name one chat model: either local or endpoint")
+        if self.endpoint is not None and self.model is None:
+            raise ValueError("endpoint needs model, the name of the model on that server")
+        return self
+
+
+class FeaturesRecipe(_Part):
+    """How the unintended features are chosen: by one of judge, keywords, attribute, ids."""
+
+    rubric: str | None = Field(None, description="What is a legitimate reason for a label: text, or a file.")
+    explainer: ChatRecipe | None = None
+    judge: ChatRecipe | None = None
+    keywords: list[str] | None = Field(None, description="Words looked for in spans and explanations.")
+    attribute: str | None = Field(None, description="Column of the training data.")
+    ids: list[int] | None = Field(None, description="Features by number.")
+    max_features: int = Field(100, ge=1)
+    random: int | None = Field(None, ge=1, description="So many at random: a control, not a choice.")
+
+    @property
+    def method(self) -> str:
+        """Which of the ways is asked for."""
+        return self._chosen()[0]
+
+    def _chosen(self) -> list[str]:
+        return [name for name in ("judge", "keywords", "attribute", "ids", "random") if getattr(self, name) is not None]
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "FeaturesRecipe":
+        if len(self._chosen()) != 1:
+            given = ", ".join(self._chosen()) or "none"
+            raise ValueError(f"choose the unintended features by one of judge, keywords, attribute, ids; given: {given}")
+        if self.judge is not None and (self.explainer is None or self.rubric is None):
+            raise ValueError("judge needs explainer and rubric")
+        return self
+
+
+class ClassifierRecipe(_Part):
+    """Training of the classifier; the baselines get the same budget."""
+
+    penalty_weight: float = Field(1.0, ge=0)
+    similarity: Literal["encoder", "dot", "cosine", "subspace"] = "encoder"
+    dependence_weight: float = Field(10.0, ge=0)
+    remove_unintended: bool = True
+    epochs: float = Field(50, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(64, ge=1)
+    class_weights: Literal["balanced"] | list[float] | None = None
+    lora: None = Field(None, description="Not yet: the backbone is frozen.")
+
+
+class Recipe(_Part):
+    """A whole run: data, SAE, unintended features, classifier, baselines and figures."""
+
+    output: str = Field(description="Folder of the results.")
+    seed: int = 0
+    task: Literal["single_label"] = "single_label"
+    backbone: BackboneRecipe
+    data: DataRecipe
+    sae: SAERecipe = Field(default_factory=SAERecipe)
+    features: FeaturesRecipe
+    classifier: ClassifierRecipe = Field(default_factory=ClassifierRecipe)
+    baselines: list[str] = Field(default_factory=lambda: list(BASELINES))
+
+    @field_validator("baselines")
+    @classmethod
+    def _known_baselines(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in BASELINES:
+                raise ValueError(f"baseline {name!r} is not known; there are {', '.join(BASELINES)}")
+        return list(dict.fromkeys(names))
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: list[str] | None = None) -> "Recipe":
+        """Reads a recipe.
+
+        Args:
+            path: a YAML file. `${VARIABLE}` in a value stands for an environment variable; relative paths of data are
+                relative to the file.
+            overrides: changes such as `classifier.dependence_weight=3.0`; values are YAML.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RecipeError: a key or a value is wrong; names the nearest key.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"there is no recipe {path}")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf8"))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path} must hold keys and values; see `selfreg run --schema`")
+        for override in overrides or []:
+            _set(values, override)
+        return cls.from_dict(_expand(values, ""), base=path.parent)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, base: str | os.PathLike[str] = ".") -> "Recipe":
+        """Checks a recipe given as a dictionary; relative data paths are relative to `base`."""
+        try:
+            recipe = cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(_explain(error)) from error
+        data = recipe.data
+        for split in (data.train, data.sae_text, *data.eval.values()):
+            if split is not None:
+                local = Path(base) / split.path
+                if local.exists():
+                    split.path = str(local.resolve())
+        rubric = recipe.features.rubric
+        if rubric is not None and len(rubric) < 256 and (Path(base) / rubric).is_file():
+            recipe.features.rubric = str((Path(base) / rubric).resolve())
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def sha256(self) -> str:
+        """Of all that decides the result: everything but where it is written."""
+        return fingerprint_json({key: value for key, value in self.to_dict().items() if key != "output"})
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    name, sign, text = override.partition("=")
+    if not sign or not name.strip():
+        raise RecipeError(f"--set takes key=value, such as classifier.dependence_weight=3.0; got {override!r}")
+    *parents, last = name.strip().split(".")
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise RecipeError(f"--set {override}: {parent} holds no keys")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: {text!r} is not YAML") from error
+
+
+def _expand(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(inner, f"{where}.{key}".lstrip(".")) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_expand(inner, where) for inner in value]
+    if isinstance(value, str):
+        expanded = os.path.expandvars(value)
+        if "${" in expanded:
+            name = expanded.split("${", 1)[1].split("}")[0]
+            raise RecipeError(f"{where}: the environment variable {name} is not set (in {value!r})")
+        return expanded
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for entry in error.errors():
+        where = ".".join(str(part) for part in entry["loc"])
+        if entry["type"] == "extra_forbidden":
+            *parents, wrong = entry["loc"]
+            known = _known_keys(parents)
+            nearest = difflib.get_close_matches(str(wrong), known, n=1, cutoff=0.3)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
+            lines.append(f"unknown key {where!r}{hint}")
+        elif entry["type"] == "missing":
+            lines.append(f"{where!r} is missing")
+        else:
+            message = entry["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(entry["input"], dict) else f" (given: {entry['input']!r})"
+            lines.append(f"{where}: {message}{given}")
+    return "the recipe can't be run:\n  " + "\n  ".join(lines)
+
+
+def _known_keys(path: list[Any]) -> list[str]:
+    """Keys of the recipe part at `path`."""
+    part: type[BaseModel] = Recipe
+    for key in path:
+        name = str(key)
+        if name not in part.model_fields:
+            # A name that the user chose, as in data.eval.
+            continue
+        found = _models_in(part.model_fields[name].annotation)
+        if found:
+            part = found[0]
+    return list(part.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]

@@ -1,0 +1,52 @@
+"""What an SAE is trained and measured on: batches of hidden states from a store or any dataset that holds them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from selfreg.activations.store import ActivationStore
+
+
+class StatesDataset(Protocol):
+    """A map-style dataset whose rows hold `hidden_states` `[hidden_size]`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+def gather_states(dataset: StatesDataset, indices: Sequence[int]) -> Tensor:
+    """The states of the rows `indices`, `[len(indices), hidden_size]`."""
+    if isinstance(dataset, ActivationStore):
+        return dataset.gather(indices)
+    return collate_states([dataset[int(index)] for index in indices])["hidden_states"]
+
+
+def collate_states(rows: Sequence[Any]) -> dict[str, Tensor]:
+    """A batch from rows.
+
+    Raises:
+        ValueError: the rows hold no `hidden_states`.
+    """
+    if not rows or "hidden_states" not in rows[0]:
+        held = ", ".join(sorted(rows[0])) if rows else "nothing"
+        raise ValueError(f"an SAE is trained on rows with 'hidden_states'; these hold {held}")
+    return {"hidden_states": torch.stack([torch.as_tensor(row["hidden_states"]) for row in rows])}
+
+
+def iterate_states(dataset: StatesDataset, chunk: int = 8192) -> Iterator[Tensor]:
+    """All states in order, `chunk` at a time."""
+    for start in range(0, len(dataset), chunk):
+        yield gather_states(dataset, range(start, min(start + chunk, len(dataset))))
+
+
+def sample_states(dataset: StatesDataset, size: int) -> Tensor:
+    """Up to `size` states, spread evenly over the dataset."""
+    count = min(size, len(dataset))
+    return gather_states(dataset, torch.linspace(0, len(dataset) - 1, count).long().tolist())
+
+
+def states_width(dataset: StatesDataset) -> int:
+    return gather_states(dataset, [0]).shape[-1]

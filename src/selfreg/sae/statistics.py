@@ -1,0 +1,69 @@
+"""How well an SAE describes a set of hidden states."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from selfreg.sae.data import StatesDataset, iterate_states
+from selfreg.sae.modeling import SAEForFeatureExtraction
+
+
+@dataclass(frozen=True)
+class SAEStatistics:
+    """
+    Attributes:
+        fvu (`float`): fraction of variance unexplained, Σ‖h - ĥ‖² / Σ‖h - h̄‖².
+        l0 (`float`): mean number of active features of a state.
+        dead_fraction (`float`): share of features that are active on no state.
+        num_states (`int`): states that these figures were taken over.
+    """
+
+    fvu: float
+    l0: float
+    dead_fraction: float
+    num_states: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate_sae(sae: SAEForFeatureExtraction, dataset: StatesDataset) -> SAEStatistics:
+    """Measures an SAE on an `ActivationStore` or any dataset whose rows hold `hidden_states`, in one pass.
+
+    Raises:
+        ValueError: the dataset is empty, or the states have another width.
+    """
+    if len(dataset) == 0:
+        raise ValueError("there are no hidden states to measure the SAE on")
+    fired = torch.zeros(sae.config.num_features, dtype=torch.bool, device=sae.device)
+    # Sums of squares over many states lose digits in float32.
+    total = torch.zeros(sae.config.hidden_size, dtype=torch.float64, device=sae.device)
+    squares = error = torch.zeros((), dtype=torch.float64, device=sae.device)
+    active = count = 0
+    for chunk in iterate_states(dataset):
+        states = chunk.to(sae.device)
+        features = sae.encode(states)
+        # Centred on the SAE's mean, so that the variance is not a small difference of large numbers.
+        centred = (states - sae.mean).double()
+        error = error + (sae.decode(features) - states).double().pow(2).sum()
+        squares = squares + centred.pow(2).sum()
+        total += centred.sum(dim=0)
+        fired |= fired_features(features.indices, features.values, len(fired))
+        active += int((features.values > 0).sum())
+        count += len(states)
+    variance = squares - total.pow(2).sum() / count
+    return SAEStatistics(
+        fvu=float(error / variance),
+        l0=active / count,
+        dead_fraction=float(1 - fired.double().mean()),
+        num_states=count,
+    )
+
+
+def fired_features(indices: Tensor, values: Tensor, num_features: int) -> Tensor:
+    """Which features are active anywhere: `[..., k]` -> `[num_features]`, bool."""
+    fired = torch.zeros(num_features, dtype=torch.bool, device=indices.device)
+    fired[indices[values > 0]] = True
+    return fired

@@ -1,0 +1,207 @@
+"""SAETrainer: pre-training and task fine-tuning of a sparse autoencoder, on transformers' Trainer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from selfreg import __version__
+from selfreg.activations.store import ActivationStore
+from selfreg.sae.data import StatesDataset, collate_states, iterate_states, sample_states, states_width
+from selfreg.sae.modeling import SAEForFeatureExtraction
+from selfreg.sae.statistics import evaluate_sae, fired_features
+from selfreg.sae.training_args import SAETrainingArguments
+from selfreg.utils.trainer import PartsTrainer
+
+_NORMALIZATION_STATES = 65_536
+
+
+class SAETrainer(PartsTrainer):
+    """Trains a [`SAEForFeatureExtraction`].
+
+    `objective="pretrain"`: k annealing, input centring and scale from the data before the first step, an auxiliary loss
+    that revives dead features, unit-norm decoder. `objective="finetune"`: features are split into live and dead on the
+    training states at the start of every epoch; see [`SAEForFeatureExtraction.task_loss`].
+
+    Args:
+        model: the SAE.
+        args: a [`SAETrainingArguments`].
+        train_dataset: an [`ActivationStore`], or any map-style dataset whose rows hold `hidden_states`.
+        eval_dataset: likewise; `evaluate` gives FVU, L0 and dead share over the whole of it.
+
+    Raises:
+        ValueError: the dataset is empty, its states have another width, or the SAE is of another backbone.
+    """
+
+    args: SAETrainingArguments
+    model: SAEForFeatureExtraction
+
+    def __init__(
+        self,
+        model: SAEForFeatureExtraction,
+        args: SAETrainingArguments,
+        train_dataset: StatesDataset | None = None,
+        eval_dataset: StatesDataset | dict[str, StatesDataset] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        for dataset in (train_dataset, *eval_datasets):
+            if dataset is not None:
+                _check_states(model, dataset)
+        kwargs.setdefault("data_collator", collate_states)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            **kwargs,
+        )
+        self.can_return_loss = True
+        self.add_callback(_UnitNormDecoder())
+        if args.objective == "finetune":
+            self.add_callback(_TaskSplit(self))
+        model.config.selfreg_version = __version__
+        if isinstance(train_dataset, ActivationStore) and model.config.base_model_name_or_path is None:
+            model.config.set_hidden_state_spec(train_dataset.spec)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if self.args.objective == "pretrain" and not resume_from_checkpoint and self.train_dataset is not None:
+            self._fit_normalization()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        states = inputs["hidden_states"]
+        sae = self.accelerator.unwrap_model(model)
+        if self.args.objective == "finetune" and model.training:
+            loss, live, dead = sae.task_loss(states, sae.dead_on_task, self.args.dead_loss_weight)
+            self.parts.add(live_loss=live, dead_loss=dead, dead_on_task=sae.dead_on_task.float().mean())
+            return loss
+        dead_mask = sae.tokens_since_fired >= self._dead_after()
+        output = model(states, k=self._current_k(), dead=dead_mask, aux_coefficient=self.args.aux_coefficient)
+        if model.training:
+            self._count_fired(sae, output.features.indices, output.features.values)
+            aux = output.aux_loss if output.aux_loss is not None else 0.0
+            self.parts.add(fvu=output.fvu, l0=output.l0, aux_loss=aux, dead_fraction=dead_mask.float().mean())
+        return (output.loss, output) if return_outputs else output.loss
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: StatesDataset | dict[str, StatesDataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """FVU, L0 and dead share over the whole dataset, as `eval_fvu`, `eval_l0`, `eval_dead_fraction`, `eval_loss`.
+
+        The loss is the FVU.
+        """
+        dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("SAETrainer.evaluate needs an eval_dataset")
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
+            return metrics
+        _check_states(self.model, dataset)
+        figures = evaluate_sae(self.accelerator.unwrap_model(self.model), dataset).to_dict()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        metrics[f"{metric_key_prefix}_loss"] = figures["fvu"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def split_task_features(self) -> Tensor:
+        """Which features are dead on the training states: pre-activation above zero on none. `[num_features]`, bool."""
+        sae = self.accelerator.unwrap_model(self.model)
+        maxima = torch.full((sae.config.num_features,), -torch.inf, device=sae.device)
+        for chunk in iterate_states(self.train_dataset):  # type: ignore[arg-type]
+            maxima = torch.maximum(maxima, sae.max_preactivations(chunk.to(sae.device)))
+        return maxima <= 0
+
+    def _current_k(self) -> int:
+        k = self.model.config.k
+        if not self.model.training:
+            return k
+        # A width of fewer features than the first k would be asked for more than there are.
+        start = min(self.args.k_start or 4 * k, self.model.config.num_features)
+        anneal_steps = self.args.k_anneal_ratio * self.state.max_steps
+        if self.state.global_step >= anneal_steps:
+            return k
+        return round(start + (k - start) * self.state.global_step / anneal_steps)
+
+    def _dead_after(self) -> int:
+        if self.args.dead_after_tokens is not None:
+            return self.args.dead_after_tokens
+        seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return min(10_000_000, max(1, seen // 10))
+
+    def _count_fired(self, sae: SAEForFeatureExtraction, indices: Tensor, values: Tensor) -> None:
+        fired = fired_features(indices, values, sae.config.num_features)
+        sae.tokens_since_fired += indices.shape[:-1].numel()
+        sae.tokens_since_fired[fired] = 0
+
+    def _fit_normalization(self) -> None:
+        """Centres on the mean and scales to a mean squared norm of hidden_size, from up to 65,536 states."""
+        states = sample_states(self.train_dataset, _NORMALIZATION_STATES).double()  # type: ignore[arg-type]
+        mean = states.mean(dim=0)
+        scale = (states - mean).pow(2).mean().sqrt()
+        sae = self.accelerator.unwrap_model(self.model)
+        sae.set_normalization(mean.to(sae.mean), scale.to(sae.scale))
+
+
+class _UnitNormDecoder(TrainerCallback):
+    """Keeps decoder directions at unit length: no gradient along them, and renormalised after each step."""
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sae: SAEForFeatureExtraction = kwargs["model"]
+        weight = sae.decoder_weight
+        # A tied weight is the encoder too, whose length is free to guide the step; only renormalise it.
+        if sae.config.normalize_decoder and not sae.config.tied and weight.grad is not None:
+            along = (weight.grad * weight).sum(dim=1, keepdim=True)
+            weight.grad.addcmul_(along, weight, value=-1)
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sae: SAEForFeatureExtraction = kwargs["model"]
+        if sae.config.normalize_decoder:
+            weight = sae.decoder_weight
+            weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-12))
+
+
+class _TaskSplit(TrainerCallback):
+    """Splits features into live and dead at the start of each epoch of fine-tuning."""
+
+    def __init__(self, trainer: SAETrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        epoch = state.epoch or 0.0
+        # Resumed within an epoch: the split that this epoch began with came back with the checkpoint.
+        if abs(epoch - round(epoch)) < 1e-6:
+            self.trainer.model.dead_on_task.copy_(self.trainer.split_task_features())
+
+
+def _check_states(sae: SAEForFeatureExtraction, dataset: StatesDataset) -> None:
+    if len(dataset) == 0:
+        raise ValueError("the dataset of hidden states is empty")
+    if isinstance(dataset, ActivationStore):
+        spec = sae.config.hidden_state_spec()
+        if spec is not None:
+            spec.check_features_fit(dataset.spec, "the SAE", f"the store {dataset.path}")
+    width = states_width(dataset)
+    if width != sae.config.hidden_size:
+        raise ValueError(f"the SAE takes hidden states of width {sae.config.hidden_size}, the dataset holds {width}")

@@ -1,0 +1,70 @@
+"""Arguments of SAE training."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+OBJECTIVES = ("pretrain", "finetune")
+
+
+@dataclass
+class SAETrainingArguments(TrainingArguments):
+    r"""
+    [`~transformers.TrainingArguments`] with what SAE training adds. A batch is a number of hidden states.
+
+    Other defaults: `per_device_train_batch_size=2048`, `learning_rate=1e-3` (`5e-5` for `"finetune"`),
+    `adam_epsilon=6.25e-10`, `optim="adamw_torch_fused"`, `weight_decay=0`, `remove_unused_columns=False`,
+    `logging_steps=50`.
+
+    Args:
+        objective (`str`, defaults to `"pretrain"`): `"pretrain"`: reconstruct hidden states. `"finetune"`: the two-part
+            loss that teaches features which are dead on a task what the live ones miss.
+        k_start (`int`, *optional*): active features at the first step of pre-training, annealed linearly to `k`. None:
+            4 k. `k` itself turns annealing off.
+        k_anneal_ratio (`float`, defaults to 0.5): share of the steps that annealing takes.
+        aux_coefficient (`float`, defaults to 0.03125): weight of the loss that revives dead features in pre-training;
+            0 turns it off.
+        dead_after_tokens (`int`, *optional*): a feature is dead once it has not fired on this many states. None: a tenth
+            of what training sees, at most 10 million.
+        dead_loss_weight (`float`, defaults to 0.1): weight of the dead features' part in fine-tuning.
+    """
+
+    objective: str = field(default="pretrain", metadata={"help": "pretrain or finetune."})
+    k_start: int | None = field(default=None, metadata={"help": "Active features at the first step; None: 4 k."})
+    k_anneal_ratio: float = field(default=0.5, metadata={"help": "Share of the steps in which k falls to its value."})
+    aux_coefficient: float = field(default=1 / 32, metadata={"help": "Weight of the auxiliary loss; 0: off."})
+    dead_after_tokens: int | None = field(
+        default=None, metadata={"help": "States without firing after which a feature is dead; None: chosen by length."}
+    )
+    dead_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the dead features' part (finetune)."})
+    # None stands for the default of the objective.
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Initial learning rate; None: 1e-3 (pretrain), 5e-5 (finetune)."}
+    )
+    per_device_train_batch_size: int = field(default=2048, metadata={"help": "Hidden states of a batch."})
+    per_device_eval_batch_size: int = field(default=8192, metadata={"help": "Hidden states of a batch."})
+    adam_epsilon: float = field(default=6.25e-10, metadata={"help": "Epsilon of Adam."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "The optimizer."})  # type: ignore[assignment]
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold hidden states only."})
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVES)}")
+        if self.learning_rate is None:
+            self.learning_rate = 1e-3 if self.objective == "pretrain" else 5e-5
+        checks: dict[str, Any] = {
+            "learning_rate": self.learning_rate,
+            "aux_coefficient": self.aux_coefficient,
+            "dead_loss_weight": self.dead_loss_weight,
+        }
+        for name, value in checks.items():
+            if value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        if not 0 <= self.k_anneal_ratio <= 1:
+            raise ValueError(f"k_anneal_ratio={self.k_anneal_ratio} must lie between 0 and 1")
+        super().__post_init__()
+        # Without an accelerator pinned memory only brings a warning.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()

@@ -25,7 +25,7 @@ _RANK_TOLERANCE = 1e-6
 _CONSTANT_TOLERANCE = 1e-9
 """A standard deviation under this share of the size of what was added up is rounding, and counts as zero."""
 
-_RIDGE_STRENGTHS = np.logspace(-2, 6, 17)
+_RIDGE_STRENGTHS = np.logspace(-2, 6, 9)
 
 _FOLDS = 5
 
@@ -88,7 +88,7 @@ def evaluate_predictions(
             as_matrix("pooled", pooled, rows=num_texts), as_matrix("weight", weight, rows=num_labels), directions
         )
     if activations is not None:
-        activations_NU = as_matrix("activations", activations, rows=num_texts)
+        activations_NU = as_matrix("activations", activations, rows=num_texts, may_be_empty=True)
         if num_texts >= _FOLDS:
             figures["unintended_dependence"] = unintended_dependence(logits_NL, labels_N, activations_NU)
     return figures
@@ -353,9 +353,10 @@ def unintended_dependence(
     Each logit's R² is floored by itself: below 0 it says that ridge regression overfitted, not that there is less
     than no dependence, so it must not cancel what another logit shows. A logit that does not vary counts as 0.
 
-    The ridge strength is chosen for each logit within the training folds (generalised leave-one-out). Centring and
-    scale come from all texts. They let nothing of a held-out logit through; and a scale from the training folds would
-    blow up a feature that fires in a single text, when that text is the one held out.
+    The ridge strength is chosen for each logit within the training folds (by leave-one-out). The centring and the
+    activations' scale come from all texts. A scale from the training folds alone would blow up a feature that fires
+    in two or three texts when one of them is held out, and bury what the others predict: with 100 such features
+    beside 3 that matter, R² fell from 0.4 to far under 0. Many rare features still blunt the value a little.
 
     Args:
         logits: `[N, L]`.

@@ -126,11 +126,13 @@ class _Transposed:
 class _SparseEncode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_pre_D: Tensor, k: int
+        ctx: FunctionCtx, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_pre_D: Tensor, k: int, rectify: bool
     ) -> tuple[Tensor, Tensor]:
         centred_ND = x_ND - b_pre_D
         values_NK, indices_NK, _ = select_topk(centred_ND, W_enc_FD, b_enc_F, k)
-        values_NK.relu_()
+        if rectify:
+            values_NK.relu_()
+        ctx.rectify = rectify  # type: ignore[attr-defined]
         ctx.save_for_backward(centred_ND, W_enc_FD, values_NK, indices_NK)
         ctx.mark_non_differentiable(indices_NK)  # type: ignore[attr-defined]
         return values_NK, indices_NK
@@ -138,12 +140,12 @@ class _SparseEncode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         centred_ND, W_enc_FD, values_NK, indices_NK = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_NK = grads[0] * (values_NK > 0)
+        grad_NK = grads[0] * (values_NK > 0) if ctx.rectify else grads[0]  # type: ignore[attr-defined]
         grad_W = _Transposed(indices_NK, len(W_enc_FD)).outer_sum(grad_NK, centred_ND)
         grad_b = torch.zeros_like(W_enc_FD[:, 0]).index_add_(0, indices_NK.reshape(-1), grad_NK.reshape(-1))
         grad_x = gather_sum(grad_NK, indices_NK, W_enc_FD) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         # b_pre moves every state alike, so that the sum over states can be taken before the product.
-        return grad_x, grad_W, grad_b, -grad_b @ W_enc_FD, None
+        return grad_x, grad_W, grad_b, -grad_b @ W_enc_FD, None, None
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -161,10 +163,14 @@ class _SparseDecode(torch.autograd.Function):
 
 
 def sparse_encode(
-    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_pre_D: Tensor, k: int
+    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_pre_D: Tensor, k: int, *, rectify: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`TopK(ReLU(W_enc (x - b_pre) + b_enc))` -> values `[N, K]`, indices `[N, K]`; differentiable in all tensors."""
-    values, indices = _SparseEncode.apply(x_ND, W_enc_FD, b_enc_F, b_pre_D, k)
+    """`TopK(ReLU(W_enc (x - b_pre) + b_enc))` -> values `[N, K]`, indices `[N, K]`; differentiable in all tensors.
+
+    Without `rectify`, the k largest pre-activations as they are: features that are never above zero get no gradient
+    through a ReLU, and so could not be revived.
+    """
+    values, indices = _SparseEncode.apply(x_ND, W_enc_FD, b_enc_F, b_pre_D, k, rectify)
     return values, indices
 
 

@@ -196,7 +196,7 @@ class SAEForFeatureExtraction(PreTrainedModel):
         return SAEOutput(loss, x_hat * self.scale + self.mean, features, fvu, l0, aux_loss)
 
     def residual_loss(self, x: Tensor, x_hat: Tensor, feature_ids: Tensor, k: int) -> Tensor:
-        """Normalised squared error of the residual x - x̂ rebuilt from the features `feature_ids` alone.
+        """Normalised squared error of the residual x - x̂ rebuilt from the features `feature_ids` alone, unrectified.
 
         Args:
             x, x_hat (`[..., hidden_size]`): centred states and their reconstruction, which gets no gradient.
@@ -204,7 +204,7 @@ class SAEForFeatureExtraction(PreTrainedModel):
             k: how many of them at most.
         """
         residual = (x - x_hat).detach()
-        features = self._encode(x, min(k, len(feature_ids)), feature_ids)
+        features = self._encode(x, min(k, len(feature_ids)), feature_ids, rectify=False)
         return normalized_error(residual, self._sum(features))
 
     def task_loss(self, hidden_states: Tensor, dead: Tensor, dead_weight: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,11 +240,15 @@ class SAEForFeatureExtraction(PreTrainedModel):
         assert maxima is not None
         return maxima
 
-    def _encode(self, x: Tensor, k: int, feature_ids: Tensor | None = None) -> SparseFeatures:
+    def _encode(
+        self, x: Tensor, k: int, feature_ids: Tensor | None = None, *, rectify: bool = True
+    ) -> SparseFeatures:
         W_enc, b_enc = self.W_enc, self.b_enc
         if feature_ids is not None:
             W_enc, b_enc = W_enc[feature_ids], b_enc[feature_ids]
-        values, indices = sparse_encode(x.reshape(-1, x.shape[-1]), W_enc, b_enc, self.b_dec, k)
+        values, indices = sparse_encode(
+            x.reshape(-1, x.shape[-1]), W_enc, b_enc, self.b_dec, k, rectify=rectify
+        )
         if feature_ids is not None:
             indices = feature_ids[indices]
         shape = (*x.shape[:-1], k)

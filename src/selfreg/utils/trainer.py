@@ -1,12 +1,15 @@
 """What selfreg's trainers share: loss parts in the log, checkpoints that are whole, quiet progress."""
 
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from selfreg.utils.progress import Advance, progress
 
 _WHOLE = "selfreg_checkpoint_is_whole"
 
@@ -54,6 +57,9 @@ class PartsTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.parts = LossParts()
         self.add_callback(WholeCheckpoints())
+        if any(isinstance(callback, StepProgress) for callback in self.callback_handler.callbacks):
+            # It would print every log entry through the bar.
+            self.remove_callback(PrinterCallback)
         # compute_loss gives the mean over a micro-batch: the Trainer has to divide it by their number.
         self.model_accepts_loss_kwargs = False
 
@@ -63,9 +69,30 @@ class PartsTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def set_deterministic_seed(seed: int) -> None:
-    """Seeds Python, NumPy and torch."""
-    from transformers import set_seed
+class StepProgress(TrainerCallback):
+    """A progress bar over the steps of a training, with the rate, and no log lines between.
 
-    set_seed(seed)
-    torch.use_deterministic_algorithms(False)
+    Args:
+        description: what is trained.
+    """
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self._stack = ExitStack()
+        self._advance: Advance | None = None
+        self._shown = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._shown = state.global_step
+        bar = progress(self.description, state.max_steps, "steps", done=state.global_step)
+        self._advance = self._stack.enter_context(bar)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._advance is not None:
+            self._advance(state.global_step - self._shown)
+            self._shown = state.global_step
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stack.close()

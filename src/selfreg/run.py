@@ -1,0 +1,490 @@
+"""Runs a recipe: every stage of the method, each only if it was not done for the same inputs before."""
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from selfreg import __version__
+from selfreg.activations.extractor import HiddenStateExtractor
+from selfreg.activations.store import ActivationStore
+from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head
+from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.states import PooledStates
+from selfreg.classifier.training_args import RegularizedTrainingArguments
+from selfreg.data import TaskData, load_task
+from selfreg.evaluation.classifier import FIGURES, evaluate_head
+from selfreg.evaluation.report import ReportData, ReportFeature, write_report
+from selfreg.features.catalog import FeatureCatalog
+from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
+from selfreg.features.selection import UnintendedFeatures
+from selfreg.recipe import ChatRecipe, Recipe, RecipeError
+from selfreg.sae.configuration import SAEConfig
+from selfreg.sae.modeling import SAEForFeatureExtraction
+from selfreg.sae.statistics import evaluate_sae
+from selfreg.sae.trainer import SAETrainer
+from selfreg.sae.training_args import SAETrainingArguments
+from selfreg.stages import Stages
+from selfreg.utils.files import atomic_folder, remove_partial, write_json
+from selfreg.utils.trainer import StepProgress, last_whole_checkpoint
+
+logger = logging.getLogger(__name__)
+
+Tell = Callable[[str], None]
+
+
+def run_recipe(recipe: Recipe, *, tell: Tell = logger.info) -> dict[str, Any]:
+    """Runs a recipe to its end and returns what it wrote to `metrics.json`.
+
+    Writes under `recipe.output`: `metrics.json`, `report.html`, `sae/`, `catalog/`, `unintended/`, `classifier/`, and
+    what it needs to go on after a kill (`activations/`, `.stages/`, `.work/`).
+
+    Args:
+        recipe: the recipe.
+        tell: gets a line of text at each stage.
+
+    Raises:
+        RecipeError: the recipe can't be run; told before any long work starts.
+    """
+    return _Run(recipe, tell).run()
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, tell: Tell) -> None:
+        self.recipe, self.tell = recipe, tell
+        self.output = Path(recipe.output)
+        self.stages = Stages(self.output / ".stages")
+        self.data: TaskData = load_task(recipe.data, recipe.features.attribute)
+        # What every stage depends on: another version may compute something else from the same recipe.
+        self.base = {"selfreg": __version__, "seed": recipe.seed, "backbone": recipe.backbone.model_dump(mode="json")}
+
+    def run(self) -> dict[str, Any]:
+        self.output.mkdir(parents=True, exist_ok=True)
+        remove_partial(self.output)
+        sizes = ", ".join(f"{part.name} {len(part)}" for part in (self.data.train, *self.data.eval.values()))
+        self.tell(f"texts: {sizes}; labels: {', '.join(self.data.labels)}")
+        self._check_sae_early()
+        self.tell("hidden states")
+        stores = self._stores()
+        sae, sae_result = self._sae(stores)
+        catalog = self._catalog(sae, stores["train"])
+        unintended = self._unintended(sae, catalog, stores["train"])
+        methods = self._methods(unintended, stores)
+        metrics = {
+            "selfreg_version": __version__,
+            "recipe_sha256": self.recipe.sha256(),
+            "sae": sae_result["figures"],
+            "features": {
+                "total": len(catalog),
+                "explained": sum(record.explained for record in catalog),
+                "unintended": len(unintended),
+            },
+            "methods": {name: method["figures"] for name, method in methods.items()},
+            "groups": {name: method["cells"] for name, method in methods.items()},
+        }
+        write_json(self.output / "metrics.json", metrics)
+        self._report(metrics, sae_result, methods, catalog, unintended)
+        return metrics
+
+    @cached_property
+    def extractor(self) -> HiddenStateExtractor:
+        """Loaded when the first stage needs it: a finished run is opened without the backbone."""
+        self.tell(f"loading the backbone {self.recipe.backbone.model}")
+        return HiddenStateExtractor.from_pretrained(**self.recipe.backbone.model_dump())
+
+    def _check_sae_early(self) -> None:
+        """An SAE that can't fit the backbone is told before an hour of extraction."""
+        source = self.recipe.sae.from_pretrained
+        if source is None:
+            return
+        config = SAEConfig.from_pretrained(source)
+        spec = config.hidden_state_spec()
+        if config.hidden_size != self.extractor.hidden_size:
+            raise RecipeError(
+                f"sae.from_pretrained: the SAE {source} takes states of width {config.hidden_size}, the backbone gives "
+                f"{self.extractor.hidden_size}"
+            )
+        if spec is not None:
+            try:
+                spec.check_features_fit(self.extractor.spec, f"the SAE {source}", "the backbone of the recipe")
+            except ValueError as error:
+                raise RecipeError(f"sae.from_pretrained: {error}") from error
+
+    def _stores(self) -> dict[str, ActivationStore]:
+        texts = {part.name: part.texts for part in (self.data.train, *self.data.eval.values())}
+        general = self._general_text()
+        if general is not None:
+            texts["sae_text"] = general
+        stores = {}
+        for name, part in texts.items():
+            folder = self.output / "activations" / name
+            inputs = [self.base, "store", part]
+            _, there = self.stages.run(
+                f"activations-{name}",
+                inputs,
+                lambda folder=folder, part=part, name=name: self._extract(name, part, folder),
+                outputs=(folder / "manifest.json",),
+            )
+            stores[name] = ActivationStore(folder)
+            if not there:
+                logger.info("%s: %s tokens", name, f"{stores[name].num_tokens:,}")
+        return stores
+
+    def _extract(self, name: str, texts: list[str], folder: Path) -> dict[str, int]:
+        try:
+            store = self.extractor.extract(texts, folder, description=f"hidden states of {name}")
+        except ValueError as error:
+            # The recipe changed since the folder was written: what lies there is of no use to this run.
+            if "already holds a store" not in str(error):
+                raise
+            store = self.extractor.extract(texts, folder, description=f"hidden states of {name}", overwrite=True)
+        return {"tokens": store.num_tokens}
+
+    def _general_text(self) -> list[str] | None:
+        texts = self.data.sae_text
+        limit = self.recipe.sae.pretrain.max_tokens
+        if texts is None or self.recipe.sae.from_pretrained is not None:
+            return None
+        if limit is None:
+            return texts
+        # About so many tokens: counted by characters, which needs no tokenizer; four to a token, cut at max_length.
+        most = 4 * self.recipe.backbone.max_length
+        total, count = 0, 0
+        for text in texts:
+            total += min(len(text), most)
+            count += 1
+            if total >= 4 * limit:
+                break
+        return texts[:count]
+
+    def _sae(self, stores: dict[str, ActivationStore]) -> tuple[SAEForFeatureExtraction, dict[str, Any]]:
+        recipe = self.recipe.sae
+        held_out = stores[next(iter(self.data.eval))]
+        general = stores.get("sae_text", stores["train"])
+        pretrained = self.output / ".work" / "sae-pretrained"
+        inputs: list[Any] = [
+            self.base,
+            "pretrain",
+            recipe.model_dump(mode="json", exclude={"finetune"}),
+            general.text_fingerprint,
+            held_out.text_fingerprint,
+        ]
+        before, there = self.stages.run(
+            "sae-pretrain", inputs, lambda: self._pretrain(general, held_out, pretrained), outputs=(pretrained,)
+        )
+        self.tell(_sae_line("SAE pre-trained" if recipe.from_pretrained is None else "SAE loaded", before, there))
+        final = self.output / "sae"
+        after, there = self.stages.run(
+            "sae",
+            [inputs, "finetune", recipe.model_dump(mode="json")["finetune"], stores["train"].text_fingerprint],
+            lambda: self._finetune(stores["train"], held_out, pretrained, final),
+            outputs=(final,),
+        )
+        if recipe.finetune is not None:
+            self.tell(_sae_line("SAE fine-tuned on the task", after, there))
+        figures = {name: after["figures"][name] for name in ("fvu", "l0", "dead_fraction")}
+        result = {
+            "figures": {**figures, "before_finetuning": before["figures"], "after_finetuning": after["figures"]},
+            "curves": {"SAE pre-training": before["history"], "SAE fine-tuning": after["history"]},
+            "key": [inputs, "finetune", recipe.model_dump(mode="json")["finetune"], stores["train"].text_fingerprint],
+        }
+        return SAEForFeatureExtraction.from_pretrained(final), result
+
+    def _pretrain(self, store: ActivationStore, held_out: ActivationStore, folder: Path) -> dict[str, Any]:
+        recipe = self.recipe.sae
+        history: list[dict[str, float]] = []
+        set_seed(self.recipe.seed)
+        if recipe.from_pretrained is not None:
+            sae = SAEForFeatureExtraction.from_pretrained(recipe.from_pretrained)
+        else:
+            self.tell(f"SAE: {recipe.num_features} features, k = {recipe.k}, on {store.num_tokens:,} tokens")
+            config = SAEConfig(hidden_size=store.hidden_size, num_features=recipe.num_features, k=recipe.k)
+            sae = SAEForFeatureExtraction(config)
+            part = recipe.pretrain
+            history = self._train_sae(sae, store, "pretrain", part.epochs, part.learning_rate, part.batch_size)
+        with atomic_folder(folder) as temporary:
+            sae.save_pretrained(temporary)
+        return {"figures": evaluate_sae(sae, held_out).to_dict(), "history": history}
+
+    def _finetune(
+        self, store: ActivationStore, held_out: ActivationStore, source: Path, folder: Path
+    ) -> dict[str, Any]:
+        part = self.recipe.sae.finetune
+        sae = SAEForFeatureExtraction.from_pretrained(source)
+        history: list[dict[str, float]] = []
+        if part is not None:
+            set_seed(self.recipe.seed)
+            history = self._train_sae(sae, store, "finetune", part.epochs, part.learning_rate, part.batch_size)
+        with atomic_folder(folder) as temporary:
+            sae.save_pretrained(temporary)
+        return {"figures": evaluate_sae(sae, held_out).to_dict(), "history": history}
+
+    def _train_sae(
+        self,
+        sae: SAEForFeatureExtraction,
+        store: ActivationStore,
+        objective: str,
+        epochs: float,
+        learning_rate: float,
+        batch_size: int,
+    ) -> list[dict[str, float]]:
+        work = self.output / ".work" / f"{objective}-{self.stages.key_of([self._sae_key(objective), store.text_fingerprint])}"
+        args = SAETrainingArguments(
+            str(work),
+            objective=objective,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=batch_size,
+            seed=self.recipe.seed,
+            save_strategy="steps",
+            save_steps=200,
+            save_total_limit=2,
+            logging_steps=20,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        label = "SAE pre-training" if objective == "pretrain" else "SAE fine-tuning"
+        trainer = SAETrainer(sae, args, train_dataset=store, callbacks=[StepProgress(label)])
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
+        return trainer.state.log_history
+
+    def _sae_key(self, objective: str) -> list[Any]:
+        recipe = self.recipe.sae.model_dump(mode="json")
+        return [self.base, recipe["num_features"], recipe["k"], recipe["pretrain"], recipe[objective]]
+
+    def _catalog(self, sae: SAEForFeatureExtraction, store: ActivationStore) -> FeatureCatalog:
+        folder = self.output / "catalog"
+        recipe = self.recipe.features
+        asked = recipe.model_dump(mode="json", include={"explainer", "judge"})
+        rubric = self._rubric()
+
+        def work() -> dict[str, int]:
+            self.tell("catalogue of what activates each feature")
+            catalog = FeatureCatalog.build(sae, self.extractor, self.data.train.texts, store=store)
+            journal = self.output / ".work"
+            if recipe.explainer is not None:
+                self.tell(f"explaining features with {_chat_name(recipe.explainer)}")
+                catalog.explain(_chat(recipe.explainer), journal=journal / "explanations.jsonl")
+            if recipe.judge is not None:
+                assert rubric is not None
+                self.tell(f"judging features with {_chat_name(recipe.judge)}")
+                catalog.judge(_chat(recipe.judge), rubric, journal=journal / "verdicts.jsonl")
+            catalog.save_pretrained(folder)
+            return {"features": len(catalog)}
+
+        from selfreg.features.catalog import sae_fingerprint
+
+        inputs = [self.base, sae_fingerprint(sae), store.text_fingerprint, asked, rubric]
+        self.stages.run("catalog", inputs, work, outputs=(folder,))
+        return FeatureCatalog.from_pretrained(folder)
+
+    def _rubric(self) -> str | None:
+        if self.recipe.features.rubric is None:
+            return None
+        from selfreg.features.judge import load_rubric
+
+        return load_rubric(self.recipe.features.rubric)
+
+    def _unintended(
+        self, sae: SAEForFeatureExtraction, catalog: FeatureCatalog, store: ActivationStore
+    ) -> UnintendedFeatures:
+        recipe, train = self.recipe.features, self.data.train
+        folder = self.output / "unintended"
+        limit = recipe.max_features
+
+        def work() -> dict[str, int]:
+            match recipe.method:
+                case "judge":
+                    chosen = catalog.unintended(sae, max_features=limit)
+                case "keywords":
+                    chosen = UnintendedFeatures.from_keywords(sae, catalog, recipe.keywords or [], max_features=limit)
+                case "attribute":
+                    assert train.attribute is not None
+                    labels = train.labels
+                    chosen = UnintendedFeatures.from_attribute(
+                        sae, store, train.attribute, labels, max_features=limit
+                    )
+                case "ids":
+                    chosen = UnintendedFeatures.from_ids(sae, recipe.ids or [])
+                case _:
+                    chosen = UnintendedFeatures.from_random(sae, recipe.random or 0, seed=self.recipe.seed)
+            with atomic_folder(folder) as temporary:
+                chosen.save_pretrained(temporary)
+            return {"unintended": len(chosen)}
+
+        inputs = [self.base, catalog.info, recipe.model_dump(mode="json"), self._rubric(), train.fingerprint()]
+        _, there = self.stages.run("unintended", inputs, work, outputs=(folder,))
+        chosen = UnintendedFeatures.from_pretrained(folder)
+        self.tell(f"unintended features: {len(chosen)} of {len(catalog)}, chosen by {recipe.method}{_again(there)}")
+        return chosen
+
+    def _methods(self, unintended: UnintendedFeatures, stores: dict[str, ActivationStore]) -> dict[str, Any]:
+        recipe = self.recipe
+        names = ["selfreg", *recipe.baselines]
+        inputs = [
+            self.base,
+            recipe.classifier.model_dump(mode="json"),
+            unintended.feature_ids,
+            float(unintended.decoder_directions.double().pow(2).sum()),
+            self.data.train.fingerprint(),
+            {name: part.fingerprint() for name, part in self.data.eval.items()},
+        ]
+        heads = _Heads(self, unintended, stores)
+        results = {}
+        for name in names:
+            outputs = (self.output / "classifier",) if name == "selfreg" else ()
+            results[name], there = self.stages.run(
+                f"method-{name}", [inputs, name], lambda name=name: heads.measure(name), outputs=outputs
+            )
+            first = next(iter(self.data.eval))
+            accuracy = results[name]["figures"][first]["accuracy"]
+            shown = "does not apply" if accuracy is None else f"accuracy on {first} {accuracy:.3f}"
+            self.tell(f"classifier {name}: {shown}{_again(there)}")
+        return results
+
+    def _report(
+        self,
+        metrics: dict[str, Any],
+        sae_result: dict[str, Any],
+        methods: dict[str, Any],
+        catalog: FeatureCatalog,
+        unintended: UnintendedFeatures,
+    ) -> None:
+        import transformers
+
+        curves = {name: rows for name, rows in sae_result["curves"].items() if rows}
+        curves |= {f"classifier: {name}": method["history"] for name, method in methods.items() if method["history"]}
+        features = []
+        for feature, reason in zip(unintended.feature_ids, unintended.reasons, strict=True):
+            record = catalog[feature]
+            features.append(
+                ReportFeature(
+                    feature=feature,
+                    reason=reason,
+                    explanation=record.explanation,
+                    verdict=record.verdict,
+                    density=record.density,
+                    max_activation=record.max_activation,
+                    spans=record.spans[:5],
+                )
+            )
+        data = ReportData(
+            title=f"selfreg: {self.output.name}",
+            recipe=self.recipe.to_dict(),
+            metrics=metrics,
+            curves=curves,
+            features=features,
+            versions={"selfreg": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        write_report(self.output / "report.html", data)
+
+
+class _Heads:
+    """Trains and measures one method after the other on the same cached states."""
+
+    def __init__(self, run: _Run, unintended: UnintendedFeatures, stores: dict[str, ActivationStore]) -> None:
+        self.run, self.unintended, self.stores = run, unintended, stores
+        recipe = run.recipe.classifier
+        self.args = RegularizedTrainingArguments(
+            str(run.output / ".work" / "heads"),
+            penalty_weight=recipe.penalty_weight,
+            similarity=recipe.similarity,
+            dependence_weight=recipe.dependence_weight,
+            remove_unintended=recipe.remove_unintended,
+            num_train_epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            per_device_train_batch_size=recipe.batch_size,
+            class_weights=recipe.class_weights,
+            seed=run.recipe.seed,
+            save_strategy="no",
+            logging_steps=20,
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    @cached_property
+    def classifier(self) -> RegularizedSequenceClassifier:
+        return RegularizedSequenceClassifier.from_backbone(
+            self.run.extractor,
+            None,
+            self.unintended,
+            id2label=dict(enumerate(self.run.data.labels)),
+            remove_unintended=self.run.recipe.classifier.remove_unintended,
+        )
+
+    @cached_property
+    def with_removal(self) -> dict[str, PooledStates]:
+        return self._pool()
+
+    @cached_property
+    def without_removal(self) -> dict[str, PooledStates]:
+        config = self.classifier.config
+        remove, config.remove_unintended = config.remove_unintended, False
+        try:
+            return self._pool()
+        finally:
+            config.remove_unintended = remove
+
+    def _pool(self) -> dict[str, PooledStates]:
+        data = self.run.data
+        return {
+            part.name: self.classifier.pooled_states(self.stores[part.name], part.labels)
+            for part in (data.train, *data.eval.values())
+        }
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """Trains `name` and measures it on every eval set; saves the classifier where it is selfreg's."""
+        data = self.run.data
+        callbacks = [StepProgress(f"classifier {name}")]
+        set_seed(self.run.recipe.seed)
+        head: FittedHead | None
+        if name == "selfreg":
+            states = self.with_removal
+            head = fit_head(name, self.classifier, self.args, states["train"], callbacks=callbacks)
+            with atomic_folder(self.run.output / "classifier") as temporary:
+                self.classifier.save_pretrained(temporary)
+        else:
+            states = self.without_removal
+            config = self.classifier.config
+            head = fit_baseline(
+                name, config, self.args, states["train"], groups=data.train.groups, callbacks=callbacks
+            )
+        figures: dict[str, Any] = {}
+        cells: dict[str, Any] = {}
+        for part in data.eval.values():
+            if head is None:
+                figures[part.name], cells[part.name] = dict.fromkeys(FIGURES), []
+            else:
+                figures[part.name], cells[part.name] = evaluate_head(
+                    head, states[part.name], self.unintended, part.groups
+                )
+        return {"figures": figures, "cells": cells, "history": head.history if head else []}
+
+
+def _chat(recipe: ChatRecipe) -> ChatModel:
+    if recipe.local is not None:
+        return LocalChatModel(recipe.local)
+    assert recipe.endpoint is not None and recipe.model is not None
+    return EndpointChatModel(recipe.endpoint, recipe.model, api_key_env=recipe.api_key_env)
+
+
+def _chat_name(recipe: ChatRecipe) -> str:
+    return recipe.local or f"{recipe.model} at {recipe.endpoint}"
+
+
+def _again(there: bool) -> str:
+    return " (done before)" if there else ""
+
+
+def _sae_line(what: str, result: dict[str, Any], there: bool) -> str:
+    figures = result["figures"]
+    return (
+        f"{what}: FVU {figures['fvu']:.4f}, L0 {figures['l0']:.1f}, dead features {figures['dead_fraction']:.2%}"
+        f" on held-out texts{_again(there)}"
+    )

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from selfreg.sae import kernels
+from selfreg.sae.kernels import gather_sum, sampled_dot, select_topk, sparse_decode, sparse_encode, topk
+
+
+def _inputs(states: int = 7, hidden: int = 6, features: int = 12) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = ((states, hidden), (features, hidden), (features,), (hidden,), (features, hidden))
+    return [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+
+
+def _reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, W_dec: Tensor, k: int) -> Tensor:
+    pre = (x - b_pre) @ W_enc.T + b_enc
+    values, indices = pre.topk(k, dim=1)
+    return torch.zeros_like(pre).scatter(1, indices, values.relu()) @ W_dec
+
+
+@pytest.mark.parametrize("rectify", [True, False])
+def test_gradients_against_finite_differences(rectify: bool) -> None:
+    def run(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_pre: Tensor, W_dec: Tensor) -> Tensor:
+        values, indices = sparse_encode(x, W_enc, b_enc, b_pre, 3, rectify=rectify)
+        return sparse_decode(values, indices, W_dec)
+
+    assert torch.autograd.gradcheck(run, _inputs())
+
+
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_equals_the_dense_reference_with_gradients(k: int) -> None:
+    fast, dense = _inputs(), _inputs()
+    values, indices = sparse_encode(*fast[:4], k)
+    out = sparse_decode(values, indices, fast[4])
+    wanted = _reference(*dense, k)
+    torch.testing.assert_close(out, wanted)
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    for a, b in zip(fast, dense, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=st.integers(1, 9), features=st.sampled_from([8, 60, 64, 97, 384, 576, 1000]), data=st.data())
+def test_two_level_topk_is_exact(rows: int, features: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, min(features, 32)))
+    pre = torch.randn(rows, features, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999))))
+    values, indices = topk(pre, k)
+    assert torch.equal(values.sort(dim=1, descending=True).values, pre.topk(k, dim=1).values)
+    assert torch.equal(pre.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_two_level_topk_is_taken_where_it_pays() -> None:
+    assert kernels._group_count(4608, 32) == 384
+    assert kernels._group_count(4603, 32) == 0
+
+
+def test_chunks_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W, b, *_ = (tensor.detach() for tensor in _inputs(states=50, features=24))
+    whole = select_topk(x, W, b, 4, keep_maxima=True)
+    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", 24 * 7)
+    parts = select_topk(x, W, b, 4, keep_maxima=True)
+    for a, c in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, c)
+    torch.testing.assert_close(whole[2], (x @ W.T + b).amax(dim=0))
+
+
+def test_buffer_made_in_inference_mode_can_be_trained_with() -> None:
+    kernels._local.__dict__.pop("buffers", None)
+    inputs = [tensor.detach().float() for tensor in _inputs()]
+    with torch.inference_mode():
+        sparse_encode(*inputs[:4], 3)
+    leaf = inputs[1].clone().requires_grad_()
+    sparse_encode(inputs[0], leaf, *inputs[2:4], 3)[0].sum().backward()
+    assert leaf.grad is not None
+
+
+def test_small_products_by_hand() -> None:
+    a, W = torch.randn(5, 4), torch.randn(9, 4)
+    indices = torch.randint(0, 9, (5, 3))
+    values = torch.randn(5, 3)
+    torch.testing.assert_close(sampled_dot(a, W, indices), torch.einsum("nd,nkd->nk", a, W[indices]))
+    torch.testing.assert_close(gather_sum(values, indices, W), torch.einsum("nk,nkd->nd", values, W[indices]))

@@ -1,0 +1,270 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_backbone, word_tokenizer
+from torch import Tensor
+from transformers import TrainerCallback
+
+from selfreg import (
+    ActivationStore,
+    HiddenStateExtractor,
+    SAEConfig,
+    SAEForFeatureExtraction,
+    SAETrainer,
+    SAETrainingArguments,
+)
+from selfreg.utils.trainer import last_whole_checkpoint
+
+
+class States:
+    """A mixture of sparse directions, as hidden states are."""
+
+    def __init__(self, count: int = 1000, width: int = 16, seed: int = 0, dictionary: int = 0) -> None:
+        directions = torch.randn(24, width, generator=torch.Generator().manual_seed(100 + dictionary))
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.rand(count, 24, generator=generator) * (torch.rand(count, 24, generator=generator) < 0.15)
+        self.states = 3 + weights @ directions + 0.02 * torch.randn(count, width, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"hidden_states": self.states[index]}
+
+
+def make_sae(width: int = 16, **kwargs: Any) -> SAEForFeatureExtraction:
+    torch.manual_seed(0)
+    return SAEForFeatureExtraction(SAEConfig(hidden_size=width, num_features=48, k=4, **kwargs))
+
+
+def make_args(folder: Path, **kwargs: Any) -> SAETrainingArguments:
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 100,
+        "num_train_epochs": 10,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 5,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return SAETrainingArguments(str(folder), **{**defaults, **kwargs})
+
+
+def test_pretraining_learns_and_logs_its_parts(tmp_path: Path) -> None:
+    sae, data = make_sae(), States()
+    trainer = SAETrainer(sae, make_args(tmp_path, learning_rate=5e-3), train_dataset=data, eval_dataset=States(seed=1))
+    before = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
+    trainer.train()
+    for name, parameter in sae.named_parameters():
+        assert not torch.equal(parameter, before[name]), f"{name} did not move"
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert {"loss", "fvu", "l0", "aux_loss", "dead_fraction"} <= set(logged[0])
+    assert logged[-1]["fvu"] < 0.5 * logged[0]["fvu"]
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == metrics["eval_fvu"] < 0.4
+    assert metrics["eval_l0"] <= 4
+    torch.testing.assert_close(sae.mean, data.states.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae.normalize(data.states).pow(2).mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decoder_keeps_unit_length(tmp_path: Path, tied: bool) -> None:
+    sae = make_sae(tied=tied)
+    SAETrainer(sae, make_args(tmp_path, num_train_epochs=2), train_dataset=States()).train()
+    torch.testing.assert_close(sae.decoder_weight.norm(dim=1), torch.ones(48))
+    free = make_sae(normalize_decoder=False)
+    SAETrainer(free, make_args(tmp_path, num_train_epochs=2), train_dataset=States()).train()
+    assert (free.decoder_weight.norm(dim=1) - 1).abs().max() > 1e-3
+
+
+def test_k_is_annealed(tmp_path: Path) -> None:
+    seen: list[int] = []
+    sae = make_sae()
+    forward = sae.forward
+
+    def spy(states: Tensor, k: int | None = None, **kwargs: Any) -> Any:
+        seen.append(k or 0)
+        return forward(states, k=k, **kwargs)
+
+    sae.forward = spy  # type: ignore[method-assign]
+    SAETrainer(sae, make_args(tmp_path, max_steps=20), train_dataset=States()).train()
+    assert seen[0] == 16
+    assert seen[10:] == [4] * 10
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_auxiliary_loss_revives_dead_features(tmp_path: Path) -> None:
+    def dead_share(coefficient: float) -> float:
+        sae = make_sae()
+        with torch.no_grad():
+            sae.b_enc[24:] = -3.0
+        args = make_args(
+            tmp_path, num_train_epochs=20, aux_coefficient=coefficient, dead_after_tokens=500, k_start=4,
+            learning_rate=5e-3,
+        )
+        trainer = SAETrainer(sae, args, train_dataset=States())
+        trainer.train()
+        return trainer.evaluate(States(seed=1))["eval_dead_fraction"]
+
+    without = dead_share(0.0)
+    assert without > 0.3
+    assert dead_share(0.5) < 0.5 * without
+
+
+def test_counters_follow_what_fires(tmp_path: Path) -> None:
+    sae = make_sae()
+    with torch.no_grad():
+        sae.b_enc[0] = -100.0
+    args = make_args(tmp_path, max_steps=3, aux_coefficient=0.0)
+    SAETrainer(sae, args, train_dataset=States()).train()
+    assert sae.tokens_since_fired[0] == 300
+    assert (sae.tokens_since_fired == 0).any()
+
+
+def test_finetuning_wakes_features_that_the_task_needs(tmp_path: Path) -> None:
+    sae = make_sae()
+    general, task = States(), States(seed=5, dictionary=1)
+    SAETrainer(sae, make_args(tmp_path, learning_rate=5e-3), train_dataset=general).train()
+    with torch.no_grad():
+        sae.b_enc[24:] = -8.0
+    args = make_args(tmp_path, objective="finetune", num_train_epochs=30, learning_rate=2e-2, dead_loss_weight=1.0)
+    mean = sae.mean.clone()
+    trainer = SAETrainer(sae, args, train_dataset=task)
+    assert trainer.split_task_features()[24:].all()
+    before = trainer.evaluate(task)
+    trainer.train()
+    after = trainer.evaluate(task)
+    assert after["eval_fvu"] < before["eval_fvu"]
+    assert after["eval_dead_fraction"] < before["eval_dead_fraction"]
+    assert torch.equal(sae.mean, mean)
+    logged = [entry for entry in trainer.state.log_history if "live_loss" in entry]
+    assert logged[-1]["dead_on_task"] < logged[0]["dead_on_task"]
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "finetune"])
+def test_resumed_training_is_the_undisturbed_one(tmp_path: Path, objective: str) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    def make(folder: str, callbacks: list[TrainerCallback]) -> SAETrainer:
+        args = make_args(
+            tmp_path / folder, max_steps=15, objective=objective, learning_rate=5e-3, save_strategy="steps",
+            save_steps=3, dead_after_tokens=300,
+        )
+        sae = make_sae()
+        with torch.no_grad():
+            sae.b_enc[30:] = -30.0
+        return SAETrainer(sae, args, train_dataset=States(), callbacks=callbacks)
+
+    whole = make("whole", [])
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make("cut", [Stop()]).train()
+    checkpoint = last_whole_checkpoint(tmp_path / "cut")
+    assert checkpoint is not None
+    assert checkpoint.endswith("checkpoint-6")
+    again = make("cut", [])
+    again.train(resume_from_checkpoint=checkpoint)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    args = make_args(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    SAETrainer(make_sae(), args, train_dataset=States()).train()
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "selfreg_checkpoint_is_whole").unlink()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path) -> None:
+    def train(batch: int, accumulate: int) -> SAEForFeatureExtraction:
+        sae = make_sae()
+        # One batch is the whole set, so that the order of rows can't matter; plain SGD shows gradients as they are.
+        args = make_args(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=1,
+            optim="sgd", learning_rate=0.1, max_grad_norm=0.0, k_start=4, lr_scheduler_type="constant",
+        )
+        data = States(count=80)
+        # Equal norm in every quarter: the loss is a ratio of sums, which four quarters only share if theirs agree.
+        data.states = data.states[:20].repeat(4, 1)
+        SAETrainer(sae, args, train_dataset=data).train()
+        return sae
+
+    one, four = train(80, 1), train(20, 4)
+    torch.testing.assert_close(one.W_enc, four.W_enc, rtol=5e-2, atol=5e-3)
+
+
+def test_store_names_the_backbone_in_the_config(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    store = extractor.extract(texts, tmp_path / "s")
+    sae = make_sae()
+    SAETrainer(sae, make_args(tmp_path, max_steps=1), train_dataset=store).train()
+    assert sae.config.hidden_state_spec() == store.spec
+    sae.save_pretrained(tmp_path / "sae")
+    tiny_backbone().save_pretrained(tmp_path / "tiny")
+    word_tokenizer().save_pretrained(tmp_path / "tiny")
+    again = SAEForFeatureExtraction.from_pretrained(tmp_path / "sae")
+    again.config.base_model_name_or_path = str(tmp_path / "tiny")
+    built = HiddenStateExtractor.from_sae(again)
+    assert (built.layer, built.spec.max_length) == (1, 32)
+    torch.testing.assert_close(built.pool(texts), extractor.pool(texts))
+
+
+def test_what_does_not_fit_is_refused(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    store = extractor.extract(texts, tmp_path / "s")
+    with pytest.raises(ValueError, match="width 8, the dataset holds 16"):
+        SAETrainer(make_sae(width=8), make_args(tmp_path), train_dataset=store)
+    sae = make_sae()
+    sae.config.set_hidden_state_spec(store.spec)
+    sae.config.layer = 2
+    with pytest.raises(ValueError, match="layer is 2 in the SAE and 1 in the store"):
+        SAETrainer(sae, make_args(tmp_path), train_dataset=store)
+    with pytest.raises(ValueError, match="does not name its backbone"):
+        HiddenStateExtractor.from_sae(make_sae())
+    with pytest.raises(ValueError, match="empty"):
+        SAETrainer(make_sae(), make_args(tmp_path), train_dataset=States(count=0))
+    with pytest.raises(ValueError, match="rows with 'hidden_states'; these hold text"):
+        SAETrainer(make_sae(), make_args(tmp_path), train_dataset=[{"text": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"objective": "train"}, "objective='train' is not known"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must not be negative"),
+        ({"aux_coefficient": -1.0}, "aux_coefficient=-1.0 must not be negative"),
+        ({"k_anneal_ratio": 2.0}, "between 0 and 1"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **setting)
+
+
+def test_learning_rate_follows_the_objective(tmp_path: Path) -> None:
+    assert make_args(tmp_path).learning_rate == 1e-3
+    assert make_args(tmp_path, objective="finetune").learning_rate == 5e-5
+
+
+def test_store_is_read_in_batches(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    store = extractor.extract(texts, tmp_path / "s", shard_tokens=100)
+    calls: list[int] = []
+    gather = ActivationStore.gather
+
+    class Counting(ActivationStore):
+        def gather(self, indices: Any) -> Tensor:
+            calls.append(len(indices))
+            return gather(self, indices)
+
+    args = make_args(tmp_path, max_steps=3, per_device_train_batch_size=50)
+    trainer = SAETrainer(make_sae(), args, train_dataset=Counting(store.path))
+    calls.clear()
+    trainer.train()
+    assert calls.count(50) >= 3
+    assert 1 not in calls

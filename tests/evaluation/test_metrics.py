@@ -490,7 +490,7 @@ def test_dependence_chooses_a_ridge_strength_for_each_logit() -> None:
 
 
 def test_dependence_needs_its_ridge(rng: np.random.Generator) -> None:
-    # As many features as training texts, a third of the variance theirs: unregularised, the R² is far under 0.
+    # As many features as training texts, half of the margin's variance theirs: unregularised, R² is far under 0.
     labels = rng.integers(0, 2, 200)
     z = rng.standard_normal((200, 160)) * 0.3 + rng.standard_normal((200, 1))
     margin = z.mean(axis=1) + rng.standard_normal(200)

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -459,8 +457,3 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         )
         return load_backbone(source, layer=config.layer, dtype=dtype)  # type: ignore[arg-type]
 
-
-AutoConfig.register("regularized_sequence_classifier", RegularizedSequenceClassifierConfig, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    RegularizedSequenceClassifierConfig, RegularizedSequenceClassifier, exist_ok=True
-)

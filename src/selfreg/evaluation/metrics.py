@@ -355,8 +355,9 @@ def unintended_dependence(
 
     The ridge strength is chosen for each logit within the training folds (by leave-one-out). The centring and the
     activations' scale come from all texts. A scale from the training folds alone would blow up a feature that fires
-    in two or three texts when one of them is held out, and bury what the others predict: with 100 such features
-    beside 3 that matter, R² fell from 0.4 to far under 0. Many rare features still blunt the value a little.
+    in two or three texts when one of them is held out: in a simulation of 400 texts, with 100 features that fire in
+    two texts each beside 3 that matter, R² went from 0.47 without the rare ones to -0.6 so, and to 0.36 with a scale
+    from all texts. Rare features in large number do make the value too low, then, and a low value is no proof there.
 
     Args:
         logits: `[N, L]`.

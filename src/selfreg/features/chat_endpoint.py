@@ -136,7 +136,10 @@ class EndpointChatModel:
     def _ask(self, messages: Conversation, max_new_tokens: int) -> str:
         """One call, made again as long as its failure may pass."""
         retry = Retry(
-            total=self.max_retries, backoff_factor=self.backoff_factor, backoff_max=_LONGEST_WAIT, backoff_jitter=0.5
+            total=self.max_retries,
+            backoff_factor=self.backoff_factor,
+            backoff_jitter=self.backoff_factor / 2,  # so that concurrent calls do not come back all at once
+            backoff_max=_LONGEST_WAIT,
         )
         while True:
             try:

@@ -4,12 +4,13 @@ Shapes: B conversations, T tokens of the longest prompt, O options, L options of
 after the first, V vocabulary.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfreg.activations.backbone import resolve_model
 from selfreg.features.chat import Choice, Conversation, check_conversations, check_options
@@ -220,13 +221,15 @@ class LocalChatModel:
         device = self.model.device
         ids_BT, mask_BT = self._left_pad(prompts)
         lengths_B = mask_BT.sum(-1)
+        cache = DynamicCache(config=self.model.config)
+        with_cache: dict[str, Any] = {_cache_argument(self.model): cache, "use_cache": True}
         output = self.model(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             # Counted without the padding, else a score would depend on what else is in the batch.
             position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
-            use_cache=True,
             logits_to_keep=1,
+            **with_cache,
         )
         first_BV = output.logits[:, -1].float().log_softmax(-1)
         total_BO = first_BV[:, [ids[0] for ids in options]]
@@ -238,14 +241,14 @@ class LocalChatModel:
             targets_LR = torch.nn.utils.rnn.pad_sequence([ids[1:] for ids in rest], batch_first=True, padding_value=-1)
             count, width = inputs_LR.shape
             rows = torch.arange(len(prompts), device=device).repeat_interleave(count)
-            cache = output.past_key_values
-            cache.reorder_cache(rows)  # each prompt's keys and values, once for each long option
+            cache.reorder_cache(
+                cast(torch.LongTensor, rows)
+            )  # each prompt's keys and values, once for each long option
             logits = self.model(
                 input_ids=inputs_LR.repeat(len(prompts), 1),
                 attention_mask=torch.cat([mask_BT[rows], mask_BT.new_ones(len(rows), width)], dim=1),
                 position_ids=lengths_B[rows].unsqueeze(1) + torch.arange(width, device=device),
-                past_key_values=cache,
-                use_cache=True,
+                **with_cache,
             ).logits
             targets = targets_LR.repeat(len(prompts), 1)
             picked = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -260,6 +263,11 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             f"the tokenizer of {name!r} has no chat template, so it can't be asked: name an instruction-tuned "
             "model, or set tokenizer.chat_template and use LocalChatModel.from_model"
         )
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    # Renamed in transformers 5.24; older versions, and models that bring their own code, have the old name only.
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _default_device() -> torch.device:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from scipy.stats import false_discovery_control, norm, rankdata
 from torch import Tensor
 
 from selfreg.activations.spec import HiddenStateSpec
@@ -163,6 +162,8 @@ class UnintendedFeatures:
         Raises:
             ValueError: lengths differ, or no label has two groups.
         """
+        from scipy.stats import false_discovery_control
+
         if not len(attribute) == len(labels) == store.num_texts:
             raise ValueError(
                 f"the store has {store.num_texts} texts, but there are {len(attribute)} attributes and {len(labels)} "
@@ -265,6 +266,8 @@ def attribute_strength(
     Raises:
         ValueError: no label has texts of two groups.
     """
+    from scipy.stats import norm
+
     known = np.array([value is not None for value in attribute])
     groups, labels_array = np.array(attribute, dtype=object), np.array(labels, dtype=object)
     values = sorted({str(value): value for value in groups[known]}.items())
@@ -307,6 +310,8 @@ def attribute_strength(
 def _auc_and_variance(
     activations: NDArray[np.floating[Any]], positive: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    from scipy.stats import rankdata
+
     n_pos, n_neg = int(positive.sum()), int((~positive).sum())
     n = n_pos + n_neg
     ranks = rankdata(activations, axis=0)
@@ -314,8 +319,3 @@ def _auc_and_variance(
     # Under no difference, the rank sum is that of n_pos draws from these ranks without replacement; ties included.
     variance = ranks.var(axis=0) * n_pos * n_neg / (n - 1) / (n_pos * n_neg) ** 2
     return auc, variance
-
-
-def as_mapping(unintended: UnintendedFeatures) -> Mapping[int, str]:
-    """Feature id -> reason."""
-    return dict(zip(unintended.feature_ids, unintended.reasons, strict=True))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from selfreg.sae.configuration import SAEConfig
@@ -269,6 +269,3 @@ class SAEForFeatureExtraction(PreTrainedModel):
                 f"{hidden_states.shape[-1]}: is it an SAE of another backbone?"
             )
 
-
-AutoConfig.register("sparse_autoencoder", SAEConfig, exist_ok=True)
-AutoModel.register(SAEConfig, SAEForFeatureExtraction, exist_ok=True)

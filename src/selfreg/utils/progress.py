@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from transformers.utils.logging import is_progress_bar_enabled
 
 logger = logging.getLogger(__name__)
@@ -18,35 +15,31 @@ class Advance(Protocol):
     def __call__(self, count: int, /) -> None: ...
 
 
-class _RateColumn(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        rate = task.finished_speed or task.speed
-        return Text(f"{rate:,.0f} {self.unit}/s" if rate else f"- {self.unit}/s")
-
-
 @contextmanager
 def progress(description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Advance]:
     """Shows `description` with a bar over `total` units; yields the function that advances it.
 
     `transformers.utils.logging.disable_progress_bar()` turns the bar off, as it does in transformers.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     started, count = time.perf_counter(), 0
+
+    def rate() -> str:
+        return f"{count / max(time.perf_counter() - started, 1e-9):,.0f} {unit}/s"
 
     def advance(n: int, /) -> None:
         nonlocal count
         count += n
-        bar.advance(task, n)
+        bar.update(task, advance=n, rate=rate())
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(unit))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     disable = not (console.is_terminal and is_progress_bar_enabled())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=disable) as bar:
-        task = bar.add_task(description, total=total, completed=done)
+        task = bar.add_task(description, total=total, completed=done, rate="")
         yield advance
-    seconds = time.perf_counter() - started
     if count:
-        logger.info("%s: %s %s in %.1f s (%s/s)", description, f"{count:,}", unit, seconds, f"{count / seconds:,.0f}")
+        seconds = time.perf_counter() - started
+        logger.info("%s: %s %s in %.1f s (%s)", description, f"{count:,}", unit, seconds, rate())

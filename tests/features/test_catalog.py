@@ -1,0 +1,172 @@
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import tiny_backbone, word_tokenizer
+
+from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction
+from selfreg.features.activations import largest_activations, text_maxima
+
+
+@pytest.fixture
+def sae(extractor: HiddenStateExtractor) -> SAEForFeatureExtraction:
+    torch.manual_seed(0)
+    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=40, k=4))
+    sae.config.set_hidden_state_spec(extractor.spec)
+    sae.set_normalization(torch.zeros(16), torch.tensor(0.1))
+    return sae
+
+
+def _dense(sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, text: str) -> torch.Tensor:
+    shard = next(iter(extractor.iterate([text])))
+    return sae.encode(shard.hidden_states).to_dense()
+
+
+def test_top_texts_equal_brute_force(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    store = extractor.extract(texts, tmp_path / "s", shard_tokens=100)
+    catalog = FeatureCatalog.build(sae, extractor, texts, top_k=5, store=store)
+    dense = [_dense(sae, extractor, text) for text in texts]
+    maxima = torch.stack([part.amax(0) for part in dense])
+    torch.testing.assert_close(largest_activations(sae, store), maxima, rtol=1e-4, atol=1e-5)
+    everything = torch.cat(dense)
+    for record in catalog:
+        column = maxima[:, record.feature]
+        wanted = column[column > 0].sort(descending=True).values[:5]
+        got = torch.tensor([span.activation for span in record.spans])
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        assert len({span.text_id for span in record.spans}) == len(record.spans)
+        for span in record.spans:
+            peak = dense[span.text_id][:, record.feature]
+            assert peak[span.position].item() == pytest.approx(peak.max().item(), rel=1e-4)
+        active = everything[:, record.feature]
+        assert record.density == pytest.approx((active > 0).float().mean().item())
+        if record.density:
+            assert record.mean_activation == pytest.approx(active[active > 0].mean().item(), rel=1e-4)
+
+
+def test_same_from_texts_and_from_a_store(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    store = extractor.extract(texts, tmp_path / "s", shard_tokens=100)
+    from_store = FeatureCatalog.build(sae, extractor, texts, store=store)
+    from_texts = FeatureCatalog.build(sae, extractor, texts)
+    for a, b in zip(from_store, from_texts, strict=True):
+        assert [span.text_id for span in a.spans] == [span.text_id for span in b.spans]
+
+
+def test_duplicates_count_once(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str]
+) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, [*texts, *texts])
+    for record in catalog:
+        assert all(span.text_id < len(texts) for span in record.spans)
+
+
+def test_span_is_cut_from_the_text_and_marks_its_peak(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor
+) -> None:
+    text = "the  patient\nhas a FEVER , and cough today with pain in chest and nausea and rash and headache"
+    catalog = FeatureCatalog.build(sae, extractor, [text, "she is well"])
+    words = text.split()
+    spans = [span for record in catalog for span in record.spans if span.text_id == 0]
+    assert spans
+    for span in spans:
+        assert str(span) in text
+        assert span.peak == words[span.position]
+        assert span.marked() == f"{span.before}<<{span.peak}>>{span.after}"
+
+
+def test_multibyte_characters_stay_whole() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    backbone = tiny_backbone()
+    backbone.resize_token_embeddings(len(alphabet))
+    extractor = HiddenStateExtractor(
+        backbone, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!"), layer=1, max_length=64, name="b"
+    )
+    torch.manual_seed(0)
+    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=40, k=4))
+    text = "naïve 患者 fièvre 🤒 élevée"
+    peaks = {span.peak for record in FeatureCatalog.build(sae, extractor, [text]) for span in record.spans}
+    assert peaks
+    assert all(peak in text and "\ufffd" not in peak for peak in peaks)
+    assert peaks & {"患", "者", "🤒", "ï", "è", "é"}
+
+
+def test_saved_and_loaded(sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, texts)
+    catalog.update(3, explanation="fever", explanation_verdict="Yes", verdict="No", verdict_probabilities={"No": 0.9})
+    catalog.save_pretrained(tmp_path / "c")
+    again = FeatureCatalog.from_pretrained(tmp_path / "c")
+    assert again.records == catalog.records
+    assert (again.spec, again.info) == (catalog.spec, catalog.info)
+    table = pq.read_table(tmp_path / "c" / "features.parquet")
+    assert table.num_rows == 40
+    again.check_sae(sae)
+    with torch.no_grad():
+        sae.b_enc += 0.1
+    with pytest.raises(ValueError, match="another SAE"):
+        again.check_sae(sae)
+    with pytest.raises(FileNotFoundError, match="not a feature catalogue"):
+        FeatureCatalog.from_pretrained(tmp_path)
+
+
+def test_unintended_are_the_explained_and_not_legitimate(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str]
+) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, texts)
+    with pytest.raises(ValueError, match="no feature has a verdict"):
+        catalog.unintended()
+    for feature, (explained, verdict) in enumerate(
+        [("Yes", "No"), ("Probably", "Maybe"), ("Yes", "Yes"), ("Yes", "Probably"), ("Maybe", "No"), ("No", "No")]
+    ):
+        catalog.update(
+            feature,
+            explanation="x",
+            explanation_verdict=explained,
+            verdict=verdict,
+            verdict_probabilities={"No": 0.5 + feature / 10},
+            decided_by="m",
+        )
+    chosen = catalog.unintended()
+    assert chosen.feature_ids == [1, 0]
+    assert chosen.reasons[1] == "judged No by m: x"
+    assert catalog.unintended(max_features=1).feature_ids == [1]
+
+
+def test_what_does_not_fit_is_refused(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    store = extractor.extract(texts, tmp_path / "s")
+    with pytest.raises(ValueError, match="made from other texts"):
+        FeatureCatalog.build(sae, extractor, texts[1:], store=store)
+    with pytest.raises(ValueError, match="text 1 is empty"):
+        FeatureCatalog.build(sae, extractor, ["a", ""])
+    with pytest.raises(ValueError, match="top_k=0"):
+        FeatureCatalog.build(sae, extractor, texts, top_k=0)
+    other = HiddenStateExtractor(tiny_backbone(), word_tokenizer(), layer=2, name="tiny")
+    with pytest.raises(ValueError, match="layer is 1 in the SAE and 2 in the extractor"):
+        FeatureCatalog.build(sae, other, texts)
+
+
+def test_text_maxima_by_hand() -> None:
+    from selfreg.activations.store import StoreShard
+
+    shard = StoreShard(4, 6, torch.zeros(3, 2), torch.tensor([4, 4, 5]), torch.arange(3), torch.arange(3))
+    values = torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, 0.5]])
+    indices = torch.tensor([[0, 1], [0, 1], [1, 2]])
+    texts, features, maxima, rows = text_maxima(shard, values, indices, 3)
+    assert list(zip(texts.tolist(), features.tolist(), maxima.tolist(), rows.tolist(), strict=True)) == [
+        (4, 0, 3.0, 1),
+        (4, 1, 2.0, 0),
+        (5, 1, 5.0, 2),
+        (5, 2, 0.5, 2),
+    ]

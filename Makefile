@@ -1,5 +1,5 @@
 # Everything from a fresh clone, with Python 3.11, pip and make and nothing else. The virtual environment is .venv.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 # A bare torch would pull gigabytes of CUDA on Linux; with a GPU, use the pip lines of README.

@@ -295,7 +295,6 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             return pooled
         return pooled - pooled_activations @ self.decoder_directions
 
-    @torch.inference_mode()
     def pooled_states(self, texts: Any, labels: Any) -> PooledStates:
         """Runs the backbone over texts once.
 
@@ -307,10 +306,9 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             ValueError: an empty text, or a store of other states.
         """
         labels = torch.as_tensor(labels, dtype=torch.long)
-        if isinstance(texts, ActivationStore):
-            pooled, activations = self._pool_store(texts)
-        else:
-            pooled, activations = self._pool_texts(list(texts))
+        with torch.inference_mode():
+            stored = isinstance(texts, ActivationStore)
+            pooled, activations = self._pool_store(texts) if stored else self._pool_texts(list(texts))
         # Copies: tensors of inference mode could not be trained on.
         return PooledStates(pooled.clone(), activations.clone(), labels)
 

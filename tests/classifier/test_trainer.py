@@ -1,0 +1,270 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import word_tokenizer
+from datasets import Dataset
+from helpers import make_classifier, make_sae
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from selfreg import HiddenStateExtractor, RegularizedTrainer, RegularizedTrainingArguments, UnintendedFeatures
+from selfreg.classifier.baselines import fit_baseline, fit_head, leace_eraser
+from selfreg.classifier.penalty import dependence_term, similarity_penalty
+from selfreg.classifier.states import PooledStates
+
+
+@pytest.fixture
+def frozen(extractor: HiddenStateExtractor) -> HiddenStateExtractor:
+    extractor.backbone.requires_grad_(False)
+    return extractor
+
+
+def make_args(folder: Path, **kwargs: Any) -> RegularizedTrainingArguments:
+    defaults: dict[str, Any] = {
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return RegularizedTrainingArguments(str(folder), **{**defaults, **kwargs})
+
+
+def make_rows(texts: list[str]) -> Dataset:
+    return Dataset.from_list([{"text": text, "label": int("fever" in text) + int("pain" in text)} for text in texts])
+
+
+def test_text_and_cached_training_give_the_same_weights(
+    frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    rows = make_rows(texts)
+    weights = []
+    for source in ("text", "text cached", "states", "rows of states"):
+        model = make_classifier(frozen)
+        torch.nn.init.zeros_(model.score.weight)
+        states = model.pooled_states(rows["text"], rows["label"])
+        dataset: Any = {
+            "text": rows,
+            "text cached": rows,
+            "states": states,
+            "rows of states": [
+                {"pooled": p, "unintended_activations": a, "labels": label}
+                for p, a, label in zip(states.pooled, states.activations, states.labels, strict=True)
+            ],
+        }[source]
+        args = make_args(tmp_path, cache_states=source != "text")
+        RegularizedTrainer(model=model, args=args, train_dataset=dataset).train()
+        weights.append(model.score.weight.detach().clone())
+    assert weights[0].abs().max() > 0.01
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-4)
+
+
+def test_only_the_head_moves_and_every_part_is_logged(
+    frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    model = make_classifier(frozen)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=make_rows(texts))
+    trainer.train()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"score.weight", "score.bias", "pooled_mean", "pooled_scale"}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert {"loss", "task_loss", "similarity", "dependence"} <= set(logged[0])
+    for entry in logged:
+        total = entry["task_loss"] + 1.0 * entry["similarity"] + 10.0 * entry["dependence"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("similarity", ["encoder", "dot", "cosine", "subspace"])
+def test_both_terms_shrink_what_they_are_about(
+    similarity: str, frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    def train(penalty: float, dependence: float) -> tuple[float, float]:
+        model = make_classifier(frozen, remove_unintended=False)
+        torch.nn.init.zeros_(model.score.weight)
+        args = make_args(
+            tmp_path, num_train_epochs=40, penalty_weight=penalty, dependence_weight=dependence,
+            remove_unintended=False, similarity=similarity,
+        )
+        trainer = RegularizedTrainer(model=model, args=args, train_dataset=make_rows(texts))
+        trainer.train()
+        rows = model.encoder_directions if similarity == "encoder" else model.decoder_directions
+        # Measured with the directions of a run that has them, whichever terms were on.
+        reference = RegularizedTrainer(model=model, args=make_args(tmp_path, remove_unintended=False),
+                                       train_dataset=make_rows(texts))
+        weight = model.score.weight.detach()
+        return (
+            float(similarity_penalty(weight, rows, similarity)),  # type: ignore[arg-type]
+            float(dependence_term(weight, reference.regularizer.dependence_directions)),
+        )
+
+    plain, penalised, independent = train(0, 0), train(3.0, 0), train(0, 100.0)
+    assert penalised[0] < 0.5 * plain[0]
+    assert independent[1] < 0.2 * plain[1]
+
+
+def test_evaluation_loss_is_the_task_loss(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    rows = make_rows(texts)
+    model = make_classifier(frozen)
+    trainer = RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=rows, eval_dataset=rows)
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        states = model.pooled_states(rows["text"], rows["label"])
+        wanted = model(pooled=states.pooled, labels=states.labels).loss
+    assert metrics["eval_loss"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(
+    frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    def train(batch: int, accumulate: int) -> torch.Tensor:
+        model = make_classifier(frozen)
+        args = make_args(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=1,
+            optim="sgd", learning_rate=0.1, max_grad_norm=0.0, lr_scheduler_type="constant",
+        )
+        RegularizedTrainer(model=model, args=args, train_dataset=make_rows(texts)).train()
+        return model.score.weight.detach()
+
+    torch.testing.assert_close(train(60, 1), train(15, 4), rtol=1e-4, atol=1e-6)
+
+
+def test_class_weights(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    rows = make_rows(texts)
+    model = make_classifier(frozen)
+    trainer = RegularizedTrainer(model=model, args=make_args(tmp_path, class_weights="balanced"), train_dataset=rows)
+    counts = torch.bincount(torch.tensor(rows["label"]), minlength=3).float()
+    weight = 60 / (3 * counts.clamp_min(1))
+    batch = {"pooled": trainer.train_dataset.pooled, "labels": trainer.train_dataset.labels}
+    model.train()
+    loss = trainer.task_loss(model, batch)[0]
+    wanted = torch.nn.functional.cross_entropy(model(pooled=batch["pooled"]).logits, batch["labels"], weight=weight)
+    torch.testing.assert_close(loss, wanted)
+    with pytest.raises(ValueError, match="class_weights has 2 weights, the model has 3"):
+        RegularizedTrainer(model=model, args=make_args(tmp_path, class_weights=[1.0, 2.0]), train_dataset=rows)
+
+
+def test_best_checkpoint_is_restored_whole(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    rows = make_rows(texts)
+    args = make_args(
+        tmp_path / "t", num_train_epochs=4, learning_rate=5.0, eval_strategy="epoch", save_strategy="epoch",
+        load_best_model_at_end=True, lr_scheduler_type="constant", max_grad_norm=0.0,
+    )
+    model = make_classifier(frozen)
+    trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(losses) < losses[-1], "the best must not be the last, or this shows nothing"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_stock_model_with_the_penalty(tmp_path: Path, texts: list[str]) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        num_key_value_heads=1, pad_token_id=0, num_labels=3,
+    )
+    model = LlamaForSequenceClassification(config)
+    extractor = HiddenStateExtractor(model.model, word_tokenizer(), layer="final", name="t")
+    unintended = UnintendedFeatures.from_ids(make_sae(extractor), [1, 2])
+    rows = [
+        {**word_tokenizer()(row["text"]), "labels": row["label"]} for row in make_rows(texts)
+    ]
+    args = make_args(tmp_path, dependence_weight=0.0, remove_unintended=False)
+    trainer = RegularizedTrainer(
+        model=model, args=args, train_dataset=rows, unintended=unintended, processing_class=word_tokenizer()
+    )
+    trainer.train()
+    assert "similarity" in next(entry for entry in trainer.state.log_history if "loss" in entry)
+    with pytest.raises(ValueError, match="set dependence_weight=0 and remove_unintended=False"):
+        RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=rows, unintended=unintended)
+    with pytest.raises(ValueError, match="can't find the linear head of LlamaModel"):
+        RegularizedTrainer(model=model.model, args=args, train_dataset=rows, unintended=unintended)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"label": 0}], "needs a column 'text', 'input_ids' or 'pooled'; it has label"),
+        ([{"text": "a fever"}], "needs a column 'label' or 'labels'; it has text"),
+        ([{"text": "a", "label": 0}, {"text": "no", "label": 3}], "label 3 in row 1 is no class id"),
+        ([{"text": "a", "label": "ill"}], "label 'ill' in row 0 is no class id"),
+        ([{"text": "a", "label": 1}, {"text": "no", "label": 1}], r"one label only \(1\)"),
+        ([{"text": "a", "label": 1}, {"text": "", "label": 0}], "text 1 is empty"),
+        ([], "train_dataset is empty"),
+    ],
+)
+def test_bad_data_is_named(
+    frozen: HiddenStateExtractor, tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RegularizedTrainer(model=make_classifier(frozen), args=make_args(tmp_path), train_dataset=rows)
+
+
+def test_empty_set_says_that_it_is_the_plain_classifier(
+    frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from selfreg import RegularizedSequenceClassifier
+
+    model = RegularizedSequenceClassifier.from_backbone(frozen, None, None, num_labels=3)
+    with caplog.at_level("WARNING", logger="selfreg"):
+        RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=make_rows(texts)).train()
+    assert "empty: this trains the plain classifier" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["penalty_weight", "dependence_weight"])
+def test_negative_weights_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=-1 must not be negative"):
+        make_args(tmp_path, **{name: -1})
+
+
+def _states(count: int = 400) -> tuple[PooledStates, list[str | None]]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    group = torch.where(torch.rand(count, generator=generator) < 0.9, (labels == 0).long(), (labels != 0).long())
+    pooled = torch.randn(count, 16, generator=generator)
+    pooled[:, 0] += 2 * labels
+    pooled[:, 1] += 3 * group
+    names: list[str | None] = ["f" if g else "m" for g in group.tolist()]
+    return PooledStates(pooled, torch.zeros(count, 3), labels), names
+
+
+def test_baselines_share_budget_and_interface(frozen: HiddenStateExtractor, tmp_path: Path) -> None:
+    states, groups = _states()
+    config = make_classifier(frozen).config
+    args = make_args(tmp_path, num_train_epochs=20)
+    heads = {name: fit_baseline(name, config, args, states, groups=groups) for name in ("plain", "l2", "leace")}
+    for head in heads.values():
+        assert head is not None
+        assert head.logits(states).shape == (400, 3)
+        torch.testing.assert_close(
+            head.logits(states), head.states(states) @ head.weight.T + head.model.score.bias, rtol=1e-4, atol=1e-5
+        )
+    plain, l2, leace = (heads[name] for name in ("plain", "l2", "leace"))
+    assert plain is not None
+    assert l2 is not None
+    assert leace is not None
+    assert l2.weight.norm() < plain.weight.norm()
+    assert fit_baseline("leace", config, args, states, groups=None) is None
+    with pytest.raises(ValueError, match="baseline 'magic' is not known"):
+        fit_baseline("magic", config, args, states)
+    again = fit_head("plain", plain.model, make_args(tmp_path, num_train_epochs=20, penalty_weight=0,
+                     dependence_weight=0, remove_unintended=False), states)
+    torch.testing.assert_close(again.weight, plain.weight)
+
+
+def test_after_leace_no_linear_probe_tells_the_group() -> None:
+    from sklearn.linear_model import LinearRegression
+
+    states, groups = _states()
+    groups[5] = None
+    erased = leace_eraser(states.pooled, groups)(states.pooled)
+    known = [i for i, group in enumerate(groups) if group is not None]
+    target = [float(groups[i] == "f") for i in known]
+    assert LinearRegression().fit(states.pooled[known], target).score(states.pooled[known], target) > 0.5
+    assert LinearRegression().fit(erased[known], target).score(erased[known], target) < 1e-3

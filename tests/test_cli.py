@@ -1,0 +1,34 @@
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from selfreg import Recipe, __version__
+from selfreg.cli import app
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"]])
+def test_help_teaches(command: list[str]) -> None:
+    result = runner.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.stdout) > 200
+
+
+def test_version_and_schema() -> None:
+    assert runner.invoke(app, ["--version"]).stdout.strip() == f"selfreg {__version__}"
+    result = runner.invoke(app, ["run", "--schema"])
+    assert json.loads(result.stdout) == Recipe.model_json_schema()
+
+
+def test_user_error_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("output: x\nbakbone: {model: m}\n")
+    result = runner.invoke(app, ["run", str(tmp_path / "r.yaml")])
+    assert result.exit_code == 1
+    assert "did you mean 'backbone'" in result.stderr
+    assert "Traceback" not in result.stderr
+    missing = runner.invoke(app, ["run", str(tmp_path / "no.yaml")])
+    assert missing.exit_code == 1
+    assert "there is no recipe" in missing.stderr

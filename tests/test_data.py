@@ -1,0 +1,96 @@
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from selfreg.data import load_rows, load_task
+from selfreg.recipe import DataRecipe, RecipeError, SplitRecipe
+
+ROWS = [
+    {"text": "one fever", "label": "ill", "sex": "f"},
+    {"text": "two", "label": "well", "sex": None},
+    {"text": "three", "label": "ill", "sex": "m"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> SplitRecipe:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SplitRecipe(path=str(path))
+
+
+def recipe(tmp_path: Path, train: list[dict[str, Any]], test: list[dict[str, Any]], **kwargs: Any) -> DataRecipe:
+    return DataRecipe(
+        train=write(tmp_path / "train.jsonl", train), eval={"test": write(tmp_path / "test.jsonl", test)}, **kwargs
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.xz", "csv", "parquet"])
+def test_formats(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        write(path, ROWS)
+    elif kind == "jsonl.xz":
+        path.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    elif kind == "csv":
+        pd.DataFrame(ROWS).to_csv(path, index=False)
+    else:
+        pd.DataFrame(ROWS).to_parquet(path, index=False)
+    assert [row["text"] for row in load_rows(SplitRecipe(path=str(path)))] == ["one fever", "two", "three"]
+    assert len(load_rows(SplitRecipe(path=str(path), split="train[:67%]"))) == 2
+
+
+def test_labels_groups_and_duplicates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    test = [{"text": "four", "label": "well", "sex": "f"}, {"text": "two ", "label": "well", "sex": "f"}]
+    data = load_task(recipe(tmp_path, [*ROWS, ROWS[0]], test, group="sex"), "sex")
+    assert data.labels == ["ill", "well"]
+    assert data.train.texts == ["one fever", "two", "three"]
+    assert data.train.labels == [0, 1, 0]
+    assert data.train.groups == data.train.attribute == ["f", None, "m"]
+    assert data.eval["test"].texts == ["four"]
+    assert data.eval["test"].attribute is None
+    assert "train: 1 repeated texts left out" in caplog.text
+    assert "test: 1 texts that stand in the training set left out" in caplog.text
+
+
+def test_numeric_labels_keep_their_order(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": i} for i in (10, 2, 1)]
+    assert load_task(recipe(tmp_path, rows, [{"text": "x", "label": 2}]), None).labels == ["1", "2", "10"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "kwargs", "message"),
+    [
+        (ROWS, [{"text": "x", "label": "dead"}], {}, "data.eval.test: label 'dead' never stands in the training set"),
+        ([{"text": "a", "label": 1}], ROWS, {}, "one label only"),
+        ([{"text": " ", "label": 1}, *ROWS], ROWS, {}, "data 'train': row 0 has an empty text"),
+        (ROWS, [{"text": None, "label": "ill"}], {}, "data 'test': row 0 has an empty text"),
+        ([{"text": "a", "label": None}, *ROWS], ROWS, {}, "row 0 has no label in column 'label'"),
+        (ROWS, ROWS, {"text": "body"}, "there is no column 'body'; it has text, label, sex"),
+        (ROWS, ROWS, {"label": "y"}, "there is no column 'y'"),
+        (ROWS, ROWS, {"group": "age"}, "there is no column 'age'"),
+        (ROWS, ROWS, {}, "every text stands in the training set too"),
+    ],
+)
+def test_bad_data_is_named(
+    tmp_path: Path, train: list[dict[str, Any]], test: list[dict[str, Any]], kwargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_task(recipe(tmp_path, train, test, **kwargs), None)
+
+
+def test_missing_attribute_and_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="data 'train': there is no column 'age'"):
+        load_task(recipe(tmp_path, ROWS, [{"text": "x", "label": "ill"}]), "age")
+    with pytest.raises(RecipeError, match="there is no file"):
+        load_rows(SplitRecipe(path=str(tmp_path / "no.jsonl")))
+    (tmp_path / "bad.jsonl").write_text("{not json")
+    with pytest.raises(RecipeError, match=r"can't read .*bad\.jsonl"):
+        load_rows(SplitRecipe(path=str(tmp_path / "bad.jsonl")))

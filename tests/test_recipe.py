@@ -1,0 +1,119 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfreg import Recipe
+from selfreg.recipe import RecipeError
+
+
+def minimal(**changes: Any) -> dict[str, Any]:
+    return {
+        "output": "out",
+        "backbone": {"model": "m", "layer": 1},
+        "data": {"train": {"path": "a.jsonl"}, "eval": {"test": {"path": "b.jsonl"}}},
+        "features": {"attribute": "gender"},
+        **changes,
+    }
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    recipe = Recipe.from_dict(minimal())
+    assert (recipe.seed, recipe.task) == (0, "single_label")
+    assert (recipe.backbone.pooling, recipe.backbone.max_length, recipe.backbone.template) == ("mean", 128, None)
+    assert (recipe.sae.num_features, recipe.sae.k, recipe.sae.activation) == (4608, 32, "topk")
+    assert recipe.sae.finetune is not None
+    assert recipe.sae.finetune.learning_rate == 5e-5
+    classifier = recipe.classifier
+    assert (classifier.penalty_weight, classifier.similarity, classifier.remove_unintended) == (1.0, "encoder", True)
+    assert recipe.features.max_features == 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clasifier": {}}, "unknown key 'clasifier'; did you mean 'classifier'"),
+        ({"classifier": {"dependance_weight": 1}}, "'classifier.dependance_weight'; did you mean 'dependence_weight'"),
+        ({"data": {"train": {"path": "a"}, "eval": {"x": {"pth": "b"}}}}, "'data.eval.x.pth'; did you mean 'path'"),
+        ({"sae": {"pretrain": {"epoch": 1}}}, "'sae.pretrain.epoch'; did you mean 'epochs'"),
+        ({"sae": {"k": 99, "num_features": 9}}, "k=99 is over num_features=9"),
+        ({"backbone": {"layer": 1}}, "'backbone.model' is missing"),
+        ({"backbone": {"model": "m", "pooling": "max"}}, r"backbone.pooling: .*'last', 'mean' or 'cls' \(given: 'max'\)"),
+        ({"classifier": {"penalty_weight": -1}}, "classifier.penalty_weight: .*greater than or equal to 0"),
+        ({"features": {}}, "by one of judge, keywords, attribute, ids; given: none"),
+        ({"features": {"ids": [1], "attribute": "g"}}, "given: attribute, ids"),
+        ({"features": {"judge": {"local": "m"}}}, "judge needs explainer and rubric"),
+        ({"features": {"judge": {"endpoint": "http://x"}}}, "endpoint needs model"),
+        ({"baselines": ["plain", "magic"]}, "baseline 'magic' is not known; there are plain, l2, leace"),
+        ({"task": "regression"}, "task: .*'single_label'"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_mend(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict(minimal(**changes))
+
+
+YAML = """
+output: out
+backbone: {model: m, layer: 1}
+data:
+  train: {path: "${WHERE}/a.jsonl"}
+  eval: {test: {path: b.jsonl}}
+features: {attribute: gender}
+"""
+
+
+def test_yaml_with_variables_overrides_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b.jsonl").touch()
+    (tmp_path / "r.yaml").write_text(YAML)
+    monkeypatch.setenv("WHERE", "/data")
+    recipe = Recipe.from_yaml(tmp_path / "r.yaml", ["classifier.dependence_weight=3.0", "sae.finetune=null"])
+    assert recipe.data.train.path == "/data/a.jsonl"
+    assert recipe.data.eval["test"].path == str((tmp_path / "b.jsonl").resolve())
+    assert recipe.classifier.dependence_weight == 3.0
+    assert recipe.sae.finetune is None
+    monkeypatch.delenv("WHERE")
+    with pytest.raises(RecipeError, match="data.train.path: the environment variable WHERE is not set"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("classifier.epoch=3", "did you mean 'epochs'"),
+        ("classifier", "takes key=value"),
+        ("output.x=3", "output holds no keys"),
+    ],
+)
+def test_bad_overrides_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    monkeypatch.setenv("WHERE", "/data")
+    (tmp_path / "r.yaml").write_text(YAML)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_yaml(tmp_path / "r.yaml", [override])
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("a: [1")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("just text")
+    with pytest.raises(RecipeError, match="must hold keys and values"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
+
+
+def test_hash_is_of_what_decides_the_result() -> None:
+    a = Recipe.from_dict(minimal())
+    assert a.sha256() == Recipe.from_dict(minimal(output="elsewhere")).sha256()
+    assert a.sha256() != Recipe.from_dict(minimal(seed=1)).sha256()
+
+
+def test_shipped_recipes_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELFREG_DATA", "/data")
+    paths = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
+    assert {path.stem for path in paths} >= {"toxic_chat", "diagnosis"}
+    for path in paths:
+        Recipe.from_yaml(path)

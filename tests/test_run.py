@@ -1,0 +1,203 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import WORDS, tiny_backbone, word_tokenizer
+
+from selfreg import FeatureCatalog, Recipe, RegularizedSequenceClassifier, SAEForFeatureExtraction, UnintendedFeatures
+from selfreg.evaluation.classifier import FIGURES
+from selfreg.recipe import RecipeError
+from selfreg.run import run_recipe
+
+SYMPTOMS = ("fever", "cough", "rash", "nausea")
+
+
+def notes(count: int, reversed_tie: bool, seed: int) -> list[dict[str, Any]]:
+    draw = random.Random(seed)
+    rows, seen = [], set()
+    while len(rows) < count:
+        label = draw.randrange(2)
+        usual = (label == 1) != reversed_tie
+        woman = usual if draw.random() < 0.85 else not usual
+        words = [draw.choice(WORDS[9:25]) for _ in range(draw.randrange(3, 7))]
+        text = f"{'she' if woman else 'he'} has {draw.choice(SYMPTOMS[2 * label : 2 * label + 2])} {' '.join(words)}"
+        if text not in seen:
+            seen.add(text)
+            rows.append({"text": text, "label": ("a", "b")[label], "sex": "f" if woman else "m"})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    tiny_backbone().save_pretrained(folder / "tiny")
+    word_tokenizer().save_pretrained(folder / "tiny")
+    for name, rows in {
+        "train": notes(160, False, 0), "test": notes(80, False, 1), "shifted": notes(80, True, 2)
+    }.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def values(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "backbone": {"model": str(folder / "tiny"), "layer": 1, "max_length": 32},
+        "data": {
+            "group": "sex",
+            "train": {"path": str(folder / "train.jsonl")},
+            "eval": {name: {"path": str(folder / f"{name}.jsonl")} for name in ("test", "shifted")},
+        },
+        "sae": {
+            "num_features": 64,
+            "k": 6,
+            "pretrain": {"epochs": 4, "batch_size": 128},
+            "finetune": {"epochs": 1, "batch_size": 128},
+        },
+        "features": {"attribute": "sex", "max_features": 6},
+        "classifier": {"epochs": 5, "learning_rate": 1e-2},
+        **changes,
+    }
+
+
+def test_whole_run_and_what_it_leaves(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    recipe = Recipe.from_dict(values(folder, tmp_path / "out"))
+    metrics = run_recipe(recipe, tell=lines.append)
+    out = tmp_path / "out"
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert {"selfreg_version", "recipe_sha256", "sae", "features", "methods"} <= set(metrics)
+    assert {"fvu", "l0", "dead_fraction"} <= set(metrics["sae"])
+    assert set(metrics["features"]) == {"total", "explained", "unintended"}
+    assert metrics["features"]["unintended"] == 6
+    assert list(metrics["methods"]) == ["selfreg", "plain", "l2", "leace"]
+    for method in metrics["methods"].values():
+        assert set(method) == {"test", "shifted"}
+        for figures in method.values():
+            assert tuple(figures) == FIGURES
+            assert all(value is not None for value in figures.values())
+    plain, ours = metrics["methods"]["plain"]["shifted"], metrics["methods"]["selfreg"]["shifted"]
+    assert ours["unintended_use"] < plain["unintended_use"]
+    text = "\n".join(lines)
+    assert "SAE pre-trained: FVU" in text
+    assert "SAE fine-tuned on the task: FVU" in text
+    assert "<html" in (out / "report.html").read_text()
+    # Everything that is left can be used by itself.
+    sae = SAEForFeatureExtraction.from_pretrained(out / "sae")
+    FeatureCatalog.from_pretrained(out / "catalog").check_sae(sae)
+    unintended = UnintendedFeatures.from_pretrained(out / "unintended")
+    model = RegularizedSequenceClassifier.from_pretrained(out / "classifier")
+    assert model.unintended.feature_ids == unintended.feature_ids
+    assert model.config.label2id == {"a": 0, "b": 1}
+    from selfreg import evaluate_classifier
+
+    rows = notes(80, True, 2)
+    again = evaluate_classifier(model, rows, group="sex")
+    for name, value in ours.items():
+        assert again[name] == pytest.approx(value, abs=1e-4), name
+
+
+def test_stages_that_are_done_are_skipped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_recipe(Recipe.from_dict(values(folder, tmp_path / "out")))
+    monkeypatch.setattr("selfreg.run.HiddenStateExtractor.from_pretrained", None)
+    monkeypatch.setattr("selfreg.run.SAETrainer", None)
+    lines: list[str] = []
+    assert run_recipe(Recipe.from_dict(values(folder, tmp_path / "out")), tell=lines.append) == first
+    assert sum("done before" in line for line in lines) == 7
+
+
+def test_changed_part_is_done_again_and_the_rest_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(Recipe.from_dict(values(folder, tmp_path / "out")))
+    monkeypatch.setattr("selfreg.run.SAETrainer", None)
+    changed = values(folder, tmp_path / "out", features={"attribute": "sex", "max_features": 3})
+    metrics = run_recipe(Recipe.from_dict(changed))
+    assert metrics["features"]["unintended"] == 3
+    fresh = run_recipe_fresh(folder, tmp_path / "fresh", features={"attribute": "sex", "max_features": 3})
+    assert metrics == fresh
+
+
+def run_recipe_fresh(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """In another process, so that nothing of this one (a patch, a generator) reaches it."""
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values(folder, output, **changes)))
+    subprocess.run([sys.executable, "-m", "selfreg", "run", str(path)], check=True, capture_output=True, env=env())
+    return json.loads((output / "metrics.json").read_text())
+
+
+def env() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def test_killed_again_and_again_ends_with_the_same_metrics(folder: Path, tmp_path: Path) -> None:
+    whole = run_recipe_fresh(folder, tmp_path / "whole")
+    path = tmp_path / "cut.yaml"
+    path.write_text(yaml.safe_dump(values(folder, tmp_path / "cut")))
+    command = [sys.executable, "-m", "selfreg", "run", str(path)]
+    watched = [
+        tmp_path / "cut" / "activations" / "test",
+        tmp_path / "cut" / ".work",
+        tmp_path / "cut" / "sae",
+        tmp_path / "cut" / ".stages" / "method-selfreg.json",
+    ]
+    # Killed just after each of these appears, which is in the middle of the stage that comes next.
+    for mark in watched:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env())
+        deadline = time.monotonic() + 120
+        while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "cut" / "metrics.json").exists(), f"the run was over before it was killed at {mark}"
+    subprocess.run(command, check=True, capture_output=True, env=env())
+    assert json.loads((tmp_path / "cut" / "metrics.json").read_text()) == whole
+    assert not list((tmp_path / "cut").glob(".partial-*"))
+
+
+def test_without_groups_what_needs_them_is_null(folder: Path, tmp_path: Path) -> None:
+    changed = values(folder, tmp_path / "out", features={"keywords": ["she", "he"]}, baselines=["plain", "leace"])
+    changed["data"]["group"] = None
+    metrics = run_recipe(Recipe.from_dict(changed))
+    figures = metrics["methods"]["plain"]["test"]
+    assert tuple(figures) == FIGURES
+    assert figures["worst_group_accuracy"] is figures["group_gap"] is figures["leakage"] is None
+    assert figures["unintended_use"] is not None
+    assert all(value is None for value in metrics["methods"]["leace"]["test"].values())
+
+
+@pytest.mark.parametrize("features", [{"ids": [1, 2]}, {"random": 4}])
+def test_other_ways_to_choose(folder: Path, tmp_path: Path, features: dict[str, Any]) -> None:
+    metrics = run_recipe(Recipe.from_dict(values(folder, tmp_path / "out", features=features, baselines=["plain"])))
+    assert metrics["features"]["unintended"] == (2 if "ids" in features else 4)
+
+
+def test_published_sae_is_taken_and_one_that_does_not_fit_refused(folder: Path, tmp_path: Path) -> None:
+    run_recipe(Recipe.from_dict(values(folder, tmp_path / "out", baselines=["plain"])))
+    changed = values(folder, tmp_path / "again", baselines=["plain"])
+    changed["sae"] = {"from_pretrained": str(tmp_path / "out" / "sae"), "finetune": None}
+    metrics = run_recipe(Recipe.from_dict(changed))
+    assert metrics["sae"]["before_finetuning"] == metrics["sae"]["after_finetuning"]
+    changed["backbone"]["layer"] = 2
+    changed["output"] = str(tmp_path / "bad")
+    with pytest.raises(RecipeError, match="layer is 1 in the SAE .* and 2 in the backbone"):
+        run_recipe(Recipe.from_dict(changed))
+    assert not (tmp_path / "bad" / "activations").exists()
+
+
+def test_missing_layer_is_told_before_any_long_work(folder: Path, tmp_path: Path) -> None:
+    changed = values(folder, tmp_path / "out")
+    changed["backbone"]["layer"] = 9
+    with pytest.raises(ValueError, match="layer 9 is not there: .* layer is 0 to 3"):
+        run_recipe(Recipe.from_dict(changed))

@@ -26,8 +26,40 @@ from transformers import (
 from selfreg import HiddenStateExtractor
 
 WORDS = (
-    *("the", "patient", "has", "a", "fever", "and", "cough", "she", "he", "is", "was", "seen", "today", "with", "pain"),
-    *("in", "chest", "woman", "man", "who", "feels", "well", "ill", "headache", "nausea", "rash", ".", ",", "very", "no"),
+    *(
+        "the",
+        "patient",
+        "has",
+        "a",
+        "fever",
+        "and",
+        "cough",
+        "she",
+        "he",
+        "is",
+        "was",
+        "seen",
+        "today",
+        "with",
+        "pain",
+    ),
+    *(
+        "in",
+        "chest",
+        "woman",
+        "man",
+        "who",
+        "feels",
+        "well",
+        "ill",
+        "headache",
+        "nausea",
+        "rash",
+        ".",
+        ",",
+        "very",
+        "no",
+    ),
 )
 
 

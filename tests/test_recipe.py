@@ -38,7 +38,10 @@ def test_defaults_are_those_of_the_contract() -> None:
         ({"sae": {"pretrain": {"epoch": 1}}}, "'sae.pretrain.epoch'; did you mean 'epochs'"),
         ({"sae": {"k": 99, "num_features": 9}}, "k=99 is over num_features=9"),
         ({"backbone": {"layer": 1}}, "'backbone.model' is missing"),
-        ({"backbone": {"model": "m", "pooling": "max"}}, r"backbone.pooling: .*'last', 'mean' or 'cls' \(given: 'max'\)"),
+        (
+            {"backbone": {"model": "m", "pooling": "max"}},
+            r"backbone.pooling: .*'last', 'mean' or 'cls' \(given: 'max'\)",
+        ),
         ({"classifier": {"penalty_weight": -1}}, "classifier.penalty_weight: .*greater than or equal to 0"),
         ({"features": {}}, "by one of judge, keywords, attribute, ids; given: none"),
         ({"features": {"ids": [1], "attribute": "g"}}, "given: attribute, ids"),
@@ -85,9 +88,7 @@ def test_yaml_with_variables_overrides_and_relative_paths(tmp_path: Path, monkey
         ("output.x=3", "output holds no keys"),
     ],
 )
-def test_bad_overrides_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
-) -> None:
+def test_bad_overrides_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str) -> None:
     monkeypatch.setenv("WHERE", "/data")
     (tmp_path / "r.yaml").write_text(YAML)
     with pytest.raises(RecipeError, match=message):

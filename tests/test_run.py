@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import WORDS, tiny_backbone, word_tokenizer
 
+from conftest import WORDS, tiny_backbone, word_tokenizer
 from selfreg import FeatureCatalog, Recipe, RegularizedSequenceClassifier, SAEForFeatureExtraction, UnintendedFeatures
 from selfreg.evaluation.classifier import FIGURES
 from selfreg.recipe import RecipeError
@@ -42,7 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_backbone().save_pretrained(folder / "tiny")
     word_tokenizer().save_pretrained(folder / "tiny")
     for name, rows in {
-        "train": notes(160, False, 0), "test": notes(80, False, 1), "shifted": notes(80, True, 2)
+        "train": notes(160, False, 0),
+        "test": notes(80, False, 1),
+        "shifted": notes(80, True, 2),
     }.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -106,9 +108,7 @@ def test_whole_run_and_what_it_leaves(folder: Path, tmp_path: Path) -> None:
         assert again[name] == pytest.approx(value, abs=1e-4), name
 
 
-def test_stages_that_are_done_are_skipped(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stages_that_are_done_are_skipped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run_recipe(Recipe.from_dict(values(folder, tmp_path / "out")))
     monkeypatch.setattr("selfreg.run.HiddenStateExtractor.from_pretrained", None)
     monkeypatch.setattr("selfreg.run.SAETrainer", None)
@@ -132,7 +132,7 @@ def test_changed_part_is_done_again_and_the_rest_is_kept(
 def run_recipe_fresh(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """In another process, so that nothing of this one (a patch, a generator) reaches it."""
     path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values(folder, output, **changes)))
+    path.write_text(yaml.safe_dump(values(folder, output, **changes), sort_keys=False))
     subprocess.run([sys.executable, "-m", "selfreg", "run", str(path)], check=True, capture_output=True, env=env())
     return json.loads((output / "metrics.json").read_text())
 
@@ -144,7 +144,7 @@ def env() -> dict[str, str]:
 def test_killed_again_and_again_ends_with_the_same_metrics(folder: Path, tmp_path: Path) -> None:
     whole = run_recipe_fresh(folder, tmp_path / "whole")
     path = tmp_path / "cut.yaml"
-    path.write_text(yaml.safe_dump(values(folder, tmp_path / "cut")))
+    path.write_text(yaml.safe_dump(values(folder, tmp_path / "cut"), sort_keys=False))
     command = [sys.executable, "-m", "selfreg", "run", str(path)]
     watched = [
         tmp_path / "cut" / "activations" / "test",

@@ -9,9 +9,7 @@ from selfreg.sae.modeling import SAEForFeatureExtraction
 
 AutoConfig.register(SAEConfig.model_type, SAEConfig, exist_ok=True)
 AutoModel.register(SAEConfig, SAEForFeatureExtraction, exist_ok=True)
-AutoConfig.register(
-    RegularizedSequenceClassifierConfig.model_type, RegularizedSequenceClassifierConfig, exist_ok=True
-)
+AutoConfig.register(RegularizedSequenceClassifierConfig.model_type, RegularizedSequenceClassifierConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(
     RegularizedSequenceClassifierConfig, RegularizedSequenceClassifier, exist_ok=True
 )

@@ -46,7 +46,9 @@ class DataRecipe(_Part):
 
     text: str = Field("text", description="Column of the text.")
     label: str = Field("label", description="Column of the label.")
-    group: str | None = Field(None, description="Column of the group, for gaps and leakage; the classifier never sees it.")
+    group: str | None = Field(
+        None, description="Column of the group, for gaps and leakage; the classifier never sees it."
+    )
     train: SplitRecipe
     eval: dict[str, SplitRecipe] = Field(min_length=1, description="Sets to measure on, by name.")
     sae_text: SplitRecipe | None = Field(None, description="General text to pre-train the SAE on; null: train.")
@@ -122,13 +124,17 @@ class FeaturesRecipe(_Part):
         return self._chosen()[0]
 
     def _chosen(self) -> list[str]:
-        return [name for name in ("judge", "keywords", "attribute", "ids", "random") if getattr(self, name) is not None]
+        return [
+            name for name in ("judge", "keywords", "attribute", "ids", "random") if getattr(self, name) is not None
+        ]
 
     @model_validator(mode="after")
     def _one_way(self) -> "FeaturesRecipe":
         if len(self._chosen()) != 1:
             given = ", ".join(self._chosen()) or "none"
-            raise ValueError(f"choose the unintended features by one of judge, keywords, attribute, ids; given: {given}")
+            raise ValueError(
+                f"choose the unintended features by one of judge, keywords, attribute, ids; given: {given}"
+            )
         if self.judge is not None and (self.explainer is None or self.rubric is None):
             raise ValueError("judge needs explainer and rubric")
         return self

@@ -233,7 +233,11 @@ class _Run:
         learning_rate: float,
         batch_size: int,
     ) -> list[dict[str, float]]:
-        work = self.output / ".work" / f"{objective}-{self.stages.key_of([self._sae_key(objective), store.text_fingerprint])}"
+        work = (
+            self.output
+            / ".work"
+            / f"{objective}-{self.stages.key_of([self._sae_key(objective), store.text_fingerprint])}"
+        )
         args = SAETrainingArguments(
             str(work),
             objective=objective,
@@ -306,9 +310,7 @@ class _Run:
                 case "attribute":
                     assert train.attribute is not None
                     labels = train.labels
-                    chosen = UnintendedFeatures.from_attribute(
-                        sae, store, train.attribute, labels, max_features=limit
-                    )
+                    chosen = UnintendedFeatures.from_attribute(sae, store, train.attribute, labels, max_features=limit)
                 case "ids":
                     chosen = UnintendedFeatures.from_ids(sae, recipe.ids or [])
                 case _:

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_backbone, word_tokenizer
 from transformers import PreTrainedTokenizerFast, T5Config, T5Model
 
+from conftest import tiny_backbone, word_tokenizer
 from selfreg import HiddenStateExtractor
 from selfreg.activations.backbone import find_blocks, hidden_states_at, resolve_model, truncate_backbone
 

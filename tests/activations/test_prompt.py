@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import tiny_backbone, word_tokenizer
 
+from conftest import tiny_backbone, word_tokenizer
 from selfreg import HiddenStateExtractor
 from selfreg.activations.prompt import PromptBatch, PromptLayout, pool_hidden_states, select_tokens, wrap_batch
 

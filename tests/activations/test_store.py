@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_backbone, word_tokenizer
 
+from conftest import tiny_backbone, word_tokenizer
 from selfreg import ActivationStore, HiddenStateExtractor
 from selfreg.activations import store as store_module
 from selfreg.activations.store import StoreWriter
@@ -33,7 +33,11 @@ def test_store_holds_every_text_token_once(extractor: HiddenStateExtractor, text
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
 def test_pooling_from_a_store_is_pooling_from_text(texts: list[str], tmp_path: Path, pooling: str) -> None:
     extractor = HiddenStateExtractor(
-        tiny_backbone(), word_tokenizer(special=True), layer=1, max_length=32, pooling=pooling  # type: ignore[arg-type]
+        tiny_backbone(),
+        word_tokenizer(special=True),
+        layer=1,
+        max_length=32,
+        pooling=pooling,  # type: ignore[arg-type]
     )
     store = extractor.extract(texts, tmp_path / "s", shard_tokens=100)
     torch.testing.assert_close(store.pool(pooling), extractor.pool(texts), rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
@@ -97,7 +101,9 @@ def test_store_of_something_else_is_refused(extractor: HiddenStateExtractor, tex
     assert extractor.extract(texts[::-1], tmp_path / "s", overwrite=True).num_texts == len(texts)
 
 
-@pytest.mark.parametrize(("bad", "message"), [("", "text 3 is empty"), (" \n", "text 3 is empty"), (None, "text 3 is None")])
+@pytest.mark.parametrize(
+    ("bad", "message"), [("", "text 3 is empty"), (" \n", "text 3 is empty"), (None, "text 3 is None")]
+)
 def test_bad_text_is_named_before_anything_is_written(
     extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path, bad: object, message: str
 ) -> None:

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_backbone, word_tokenizer
-from helpers import make_classifier, make_sae
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 
+from conftest import tiny_backbone, word_tokenizer
+from helpers import make_classifier, make_sae
 from selfreg import (
     HiddenStateExtractor,
     RegularizedSequenceClassifier,
@@ -30,7 +30,12 @@ def loaded(folder: Path) -> HiddenStateExtractor:
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
 def test_removal_token_by_token_before_pooling(pooling: str, texts: list[str]) -> None:
     extractor = HiddenStateExtractor(
-        tiny_backbone(), word_tokenizer(special=True), layer=1, pooling=pooling, max_length=32, name="t"  # type: ignore[arg-type]
+        tiny_backbone(),
+        word_tokenizer(special=True),
+        layer=1,
+        pooling=pooling,
+        max_length=32,
+        name="t",  # type: ignore[arg-type]
     )
     model = make_classifier(extractor)
     states = model.pooled_states(texts, [0] * len(texts))
@@ -48,7 +53,12 @@ def test_removal_token_by_token_before_pooling(pooling: str, texts: list[str]) -
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
 def test_states_from_texts_and_from_a_store_agree(pooling: str, texts: list[str], tmp_path: Path) -> None:
     extractor = HiddenStateExtractor(
-        tiny_backbone(), word_tokenizer(special=True), layer=1, pooling=pooling, max_length=32, name="t"  # type: ignore[arg-type]
+        tiny_backbone(),
+        word_tokenizer(special=True),
+        layer=1,
+        pooling=pooling,
+        max_length=32,
+        name="t",  # type: ignore[arg-type]
     )
     model = make_classifier(extractor)
     store = extractor.extract(texts, tmp_path / "s", shard_tokens=100)
@@ -59,7 +69,9 @@ def test_states_from_texts_and_from_a_store_agree(pooling: str, texts: list[str]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_text_and_pooled_states_give_the_same_logits(side: str, loaded: HiddenStateExtractor, texts: list[str]) -> None:
+def test_text_and_pooled_states_give_the_same_logits(
+    side: str, loaded: HiddenStateExtractor, texts: list[str]
+) -> None:
     model = make_classifier(loaded)
     tokenizer = loaded.tokenizer
     tokenizer.padding_side = side
@@ -144,7 +156,9 @@ def test_missing_head_is_an_error(loaded: HiddenStateExtractor, tmp_path: Path) 
         RegularizedSequenceClassifier.from_pretrained(tmp_path / "clf")
 
 
-def test_what_does_not_belong_together_is_refused(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+def test_what_does_not_belong_together_is_refused(
+    extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
     sae = make_sae(extractor)
     unintended = UnintendedFeatures.from_ids(sae, [1])
     other_layer = HiddenStateExtractor(tiny_backbone(), word_tokenizer(), layer=2, name="tiny")

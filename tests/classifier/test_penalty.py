@@ -104,7 +104,9 @@ def test_dependence_directions_are_within_label_covariances() -> None:
     for c in range(3):
         wanted = (hc * zc[:, c : c + 1]).mean(0) / zc[:, c].pow(2).mean().sqrt()
         torch.testing.assert_close(got[c], wanted.float())
-    assert torch.equal(dependence_directions(h, 7 * z, y), got) or torch.allclose(dependence_directions(h, 7 * z, y), got)
+    assert torch.equal(dependence_directions(h, 7 * z, y), got) or torch.allclose(
+        dependence_directions(h, 7 * z, y), got
+    )
 
 
 def test_what_follows_the_label_alone_is_no_dependence() -> None:

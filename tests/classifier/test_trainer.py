@@ -3,11 +3,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import word_tokenizer
 from datasets import Dataset
-from helpers import make_classifier, make_sae
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from conftest import word_tokenizer
+from helpers import make_classifier, make_sae
 from selfreg import HiddenStateExtractor, RegularizedTrainer, RegularizedTrainingArguments, UnintendedFeatures
 from selfreg.classifier.baselines import fit_baseline, fit_head, leace_eraser
 from selfreg.classifier.penalty import dependence_term, similarity_penalty
@@ -88,15 +88,20 @@ def test_both_terms_shrink_what_they_are_about(
         model = make_classifier(frozen, remove_unintended=False)
         torch.nn.init.zeros_(model.score.weight)
         args = make_args(
-            tmp_path, num_train_epochs=40, penalty_weight=penalty, dependence_weight=dependence,
-            remove_unintended=False, similarity=similarity,
+            tmp_path,
+            num_train_epochs=40,
+            penalty_weight=penalty,
+            dependence_weight=dependence,
+            remove_unintended=False,
+            similarity=similarity,
         )
         trainer = RegularizedTrainer(model=model, args=args, train_dataset=make_rows(texts))
         trainer.train()
         rows = model.encoder_directions if similarity == "encoder" else model.decoder_directions
         # Measured with the directions of a run that has them, whichever terms were on.
-        reference = RegularizedTrainer(model=model, args=make_args(tmp_path, remove_unintended=False),
-                                       train_dataset=make_rows(texts))
+        reference = RegularizedTrainer(
+            model=model, args=make_args(tmp_path, remove_unintended=False), train_dataset=make_rows(texts)
+        )
         weight = model.score.weight.detach()
         return (
             float(similarity_penalty(weight, rows, similarity)),  # type: ignore[arg-type]
@@ -125,8 +130,14 @@ def test_accumulated_gradients_are_those_of_one_batch(
     def train(batch: int, accumulate: int) -> torch.Tensor:
         model = make_classifier(frozen)
         args = make_args(
-            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=1,
-            optim="sgd", learning_rate=0.1, max_grad_norm=0.0, lr_scheduler_type="constant",
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
         )
         RegularizedTrainer(model=model, args=args, train_dataset=make_rows(texts)).train()
         return model.score.weight.detach()
@@ -152,8 +163,14 @@ def test_class_weights(frozen: HiddenStateExtractor, texts: list[str], tmp_path:
 def test_best_checkpoint_is_restored_whole(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
     rows = make_rows(texts)
     args = make_args(
-        tmp_path / "t", num_train_epochs=4, learning_rate=5.0, eval_strategy="epoch", save_strategy="epoch",
-        load_best_model_at_end=True, lr_scheduler_type="constant", max_grad_norm=0.0,
+        tmp_path / "t",
+        num_train_epochs=4,
+        learning_rate=5.0,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
     )
     model = make_classifier(frozen)
     trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
@@ -166,15 +183,19 @@ def test_best_checkpoint_is_restored_whole(frozen: HiddenStateExtractor, texts: 
 def test_stock_model_with_the_penalty(tmp_path: Path, texts: list[str]) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        num_key_value_heads=1, pad_token_id=0, num_labels=3,
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        num_labels=3,
     )
     model = LlamaForSequenceClassification(config)
     extractor = HiddenStateExtractor(model.model, word_tokenizer(), layer="final", name="t")
     unintended = UnintendedFeatures.from_ids(make_sae(extractor), [1, 2])
-    rows = [
-        {**word_tokenizer()(row["text"]), "labels": row["label"]} for row in make_rows(texts)
-    ]
+    rows = [{**word_tokenizer()(row["text"]), "labels": row["label"]} for row in make_rows(texts)]
     args = make_args(tmp_path, dependence_weight=0.0, remove_unintended=False)
     trainer = RegularizedTrainer(
         model=model, args=args, train_dataset=rows, unintended=unintended, processing_class=word_tokenizer()
@@ -253,8 +274,12 @@ def test_baselines_share_budget_and_interface(frozen: HiddenStateExtractor, tmp_
     assert fit_baseline("leace", config, args, states, groups=None) is None
     with pytest.raises(ValueError, match="baseline 'magic' is not known"):
         fit_baseline("magic", config, args, states)
-    again = fit_head("plain", plain.model, make_args(tmp_path, num_train_epochs=20, penalty_weight=0,
-                     dependence_weight=0, remove_unintended=False), states)
+    again = fit_head(
+        "plain",
+        plain.model,
+        make_args(tmp_path, num_train_epochs=20, penalty_weight=0, dependence_weight=0, remove_unintended=False),
+        states,
+    )
     torch.testing.assert_close(again.weight, plain.weight)
 
 

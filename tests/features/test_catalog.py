@@ -3,8 +3,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import tiny_backbone, word_tokenizer
 
+from conftest import tiny_backbone, word_tokenizer
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction
 from selfreg.features.activations import largest_activations, text_maxima
 
@@ -101,7 +101,9 @@ def test_multibyte_characters_stay_whole() -> None:
     assert peaks & {"患", "者", "🤒", "ï", "è", "é"}
 
 
-def test_saved_and_loaded(sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+def test_saved_and_loaded(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
     catalog = FeatureCatalog.build(sae, extractor, texts)
     catalog.update(3, explanation="fever", explanation_verdict="Yes", verdict="No", verdict_probabilities={"No": 0.9})
     catalog.save_pretrained(tmp_path / "c")

@@ -142,7 +142,9 @@ def test_saved_and_loaded(sae: SAEForFeatureExtraction, tmp_path: Path) -> None:
     chosen = UnintendedFeatures.from_ids(sae, [5, 2], reasons=["because", "why not"])
     h = torch.randn(3, 16)
     pre = (sae.normalize(h) - sae.b_dec) @ sae.W_enc.T + sae.b_enc
-    torch.testing.assert_close(h @ chosen.encoder_directions.T + chosen.encoder_bias, pre[:, [5, 2]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        h @ chosen.encoder_directions.T + chosen.encoder_bias, pre[:, [5, 2]], rtol=1e-4, atol=1e-4
+    )
     chosen.save_pretrained(tmp_path)
     again = UnintendedFeatures.from_pretrained(tmp_path)
     assert (again.feature_ids, again.reasons, again.num_features) == ([5, 2], ["because", "why not"], 64)

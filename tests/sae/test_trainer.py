@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_backbone, word_tokenizer
 from torch import Tensor
 from transformers import TrainerCallback
 
+from conftest import tiny_backbone, word_tokenizer
 from selfreg import (
     ActivationStore,
     HiddenStateExtractor,
@@ -102,7 +102,11 @@ def test_auxiliary_loss_revives_dead_features(tmp_path: Path) -> None:
         with torch.no_grad():
             sae.b_enc[24:] = -3.0
         args = make_args(
-            tmp_path, num_train_epochs=20, aux_coefficient=coefficient, dead_after_tokens=500, k_start=4,
+            tmp_path,
+            num_train_epochs=20,
+            aux_coefficient=coefficient,
+            dead_after_tokens=500,
+            k_start=4,
             learning_rate=5e-3,
         )
         trainer = SAETrainer(sae, args, train_dataset=States())
@@ -153,8 +157,13 @@ def test_resumed_training_is_the_undisturbed_one(tmp_path: Path, objective: str)
 
     def make(folder: str, callbacks: list[TrainerCallback]) -> SAETrainer:
         args = make_args(
-            tmp_path / folder, max_steps=15, objective=objective, learning_rate=5e-3, save_strategy="steps",
-            save_steps=3, dead_after_tokens=300,
+            tmp_path / folder,
+            max_steps=15,
+            objective=objective,
+            learning_rate=5e-3,
+            save_strategy="steps",
+            save_steps=3,
+            dead_after_tokens=300,
         )
         sae = make_sae()
         with torch.no_grad():
@@ -188,8 +197,15 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path) -> None:
         sae = make_sae()
         # One batch is the whole set, so that the order of rows can't matter; plain SGD shows gradients as they are.
         args = make_args(
-            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=1,
-            optim="sgd", learning_rate=0.1, max_grad_norm=0.0, k_start=4, lr_scheduler_type="constant",
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            k_start=4,
+            lr_scheduler_type="constant",
         )
         data = States(count=80)
         # Equal norm in every quarter: the loss is a ratio of sums, which four quarters only share if theirs agree.
@@ -201,7 +217,9 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(one.W_enc, four.W_enc, rtol=5e-2, atol=5e-3)
 
 
-def test_store_names_the_backbone_in_the_config(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+def test_store_names_the_backbone_in_the_config(
+    extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
     store = extractor.extract(texts, tmp_path / "s")
     sae = make_sae()
     SAETrainer(sae, make_args(tmp_path, max_steps=1), train_dataset=store).train()

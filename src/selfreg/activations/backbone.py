@@ -171,7 +171,7 @@ def check_layer(layer: Layer, num_layers: int, name: str) -> None:
         )
 
 
-class _LayerReached(Exception):  # noqa: N818 - not an error: it ends the forward pass at the layer that was asked for
+class _LayerReached(Exception):
     def __init__(self, hidden_states: Tensor) -> None:
         super().__init__()
         self.hidden_states = hidden_states

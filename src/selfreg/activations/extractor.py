@@ -193,7 +193,9 @@ class HiddenStateExtractor:
         prompts = [self.layout.wrap(ids) for ids in encoded]
         for index, (_, start, end) in enumerate(prompts):
             if start == end:
-                raise ValueError(f"text {index} ({texts[index]!r}) has no token that the tokenizer knows: leave it out")
+                raise ValueError(
+                    f"text {index} ({texts[index]!r}) has no token that the tokenizer knows: leave it out"
+                )
         return prompts
 
     def extract(
@@ -302,9 +304,7 @@ class HiddenStateExtractor:
                 advance(len(rows))
         counts = torch.tensor([len(p) for p in positions if p is not None])
         position_list = [p for p in positions if p is not None]
-        token_ids = [
-            torch.tensor(ids)[kept] for (ids, _, _), kept in zip(prompts, position_list, strict=True)
-        ]
+        token_ids = [torch.tensor(ids)[kept] for (ids, _, _), kept in zip(prompts, position_list, strict=True)]
         return StoreShard(
             first_text=first_text,
             end_text=first_text + len(prompts),

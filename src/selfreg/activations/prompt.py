@@ -129,9 +129,7 @@ def collate_prompts(prompts: list[tuple[list[int], int, int]], pad_id: int) -> P
 
 def wrap_batch(layout: PromptLayout, input_ids: Tensor, attention_mask: Tensor, pad_id: int) -> PromptBatch:
     """Wraps a batch as a tokenizer pads it, on either side, into prompts padded on the right."""
-    rows = [
-        ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)
-    ]
+    rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), attention_mask.cpu().bool(), strict=True)]
     batch = collate_prompts([layout.wrap(row) for row in rows], pad_id)
     return PromptBatch(*(tensor.to(input_ids.device) for tensor in batch))
 

@@ -454,4 +454,3 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             gguf_file=config.base_model_gguf_file,
         )
         return load_backbone(source, layer=config.layer, dtype=dtype)  # type: ignore[arg-type]
-

@@ -86,7 +86,9 @@ def judge_catalog(
 ) -> None:
     """See `FeatureCatalog.judge`."""
     rubric = load_rubric(rubric)
-    wanted = [record for record in catalog if record.explained and (features is None or record.feature in set(features))]
+    wanted = [
+        record for record in catalog if record.explained and (features is None or record.feature in set(features))
+    ]
     if not wanted:
         raise ValueError("no feature is explained yet: call explain first")
     journal = Journal(path)

@@ -211,9 +211,7 @@ class FeatureCatalog:
         reasons = [
             f"judged {record.verdict} by {record.decided_by}: {record.explanation}" for record in chosen[:max_features]
         ]
-        return UnintendedFeatures.from_ids(
-            sae, [record.feature for record in chosen[:max_features]], reasons=reasons
-        )
+        return UnintendedFeatures.from_ids(sae, [record.feature for record in chosen[:max_features]], reasons=reasons)
 
     def update(self, feature: int, **changes: Any) -> None:
         """Replaces fields of one record."""
@@ -378,9 +376,7 @@ class _SpanCutter:
     def _text_offsets(self, text_id: int) -> tuple[list[tuple[int, int]], int]:
         if text_id not in self._offsets:
             layout = self.extractor.layout
-            encoded = self.extractor.tokenizer(
-                self.texts[text_id], return_offsets_mapping=True, verbose=False
-            )
+            encoded = self.extractor.tokenizer(self.texts[text_id], return_offsets_mapping=True, verbose=False)
             _, start, end = layout.wrap(encoded["input_ids"])
             offsets = encoded["offset_mapping"][layout.num_leading :][: end - start]
             self._offsets[text_id] = ([tuple(pair) for pair in offsets], start)

@@ -240,15 +240,11 @@ class SAEForFeatureExtraction(PreTrainedModel):
         assert maxima is not None
         return maxima
 
-    def _encode(
-        self, x: Tensor, k: int, feature_ids: Tensor | None = None, *, rectify: bool = True
-    ) -> SparseFeatures:
+    def _encode(self, x: Tensor, k: int, feature_ids: Tensor | None = None, *, rectify: bool = True) -> SparseFeatures:
         W_enc, b_enc = self.W_enc, self.b_enc
         if feature_ids is not None:
             W_enc, b_enc = W_enc[feature_ids], b_enc[feature_ids]
-        values, indices = sparse_encode(
-            x.reshape(-1, x.shape[-1]), W_enc, b_enc, self.b_dec, k, rectify=rectify
-        )
+        values, indices = sparse_encode(x.reshape(-1, x.shape[-1]), W_enc, b_enc, self.b_dec, k, rectify=rectify)
         if feature_ids is not None:
             indices = feature_ids[indices]
         shape = (*x.shape[:-1], k)
@@ -268,4 +264,3 @@ class SAEForFeatureExtraction(PreTrainedModel):
                 f"the SAE takes hidden states of width {self.config.hidden_size}, these have "
                 f"{hidden_states.shape[-1]}: is it an SAE of another backbone?"
             )
-

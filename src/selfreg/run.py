@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,8 @@ class _Run:
         spec = config.hidden_state_spec()
         if config.hidden_size != self.extractor.hidden_size:
             raise RecipeError(
-                f"sae.from_pretrained: the SAE {source} takes states of width {config.hidden_size}, the backbone gives "
-                f"{self.extractor.hidden_size}"
+                f"sae.from_pretrained: the SAE {source} takes states of width {config.hidden_size}, the backbone "
+                f"gives {self.extractor.hidden_size}"
             )
         if spec is not None:
             try:
@@ -127,7 +127,7 @@ class _Run:
             _, there = self.stages.run(
                 f"activations-{name}",
                 inputs,
-                lambda folder=folder, part=part, name=name: self._extract(name, part, folder),
+                partial(self._extract, name, part, folder),
                 outputs=(folder / "manifest.json",),
             )
             stores[name] = ActivationStore(folder)
@@ -341,7 +341,7 @@ class _Run:
         for name in names:
             outputs = (self.output / "classifier",) if name == "selfreg" else ()
             results[name], there = self.stages.run(
-                f"method-{name}", [inputs, name], lambda name=name: heads.measure(name), outputs=outputs
+                f"method-{name}", [inputs, name], partial(heads.measure, name), outputs=outputs
             )
             first = next(iter(self.data.eval))
             accuracy = results[name]["figures"][first]["accuracy"]
@@ -472,7 +472,8 @@ class _Heads:
 def _chat(recipe: ChatRecipe) -> ChatModel:
     if recipe.local is not None:
         return LocalChatModel(recipe.local)
-    assert recipe.endpoint is not None and recipe.model is not None
+    assert recipe.endpoint is not None
+    assert recipe.model is not None
     return EndpointChatModel(recipe.endpoint, recipe.model, api_key_env=recipe.api_key_env)
 
 

@@ -109,7 +109,7 @@ def load_backbone(
     backbone = truncate_backbone(backbone, layer)
     backbone.requires_grad_(False)
     if device is not None:
-        backbone.to(device)
+        backbone.to(device)  # type: ignore[arg-type]
     return backbone.eval()
 
 

@@ -154,7 +154,8 @@ class HiddenStateExtractor:
         extractor = cls.from_pretrained(model, **{**settings, **kwargs})
         if extractor.hidden_size != hidden_size:
             raise ValueError(
-                f"the SAE takes states of width {hidden_size}, but the backbone {model!r} gives {extractor.hidden_size}"
+                f"the SAE takes states of width {hidden_size}, but the backbone {model!r} gives "
+                f"{extractor.hidden_size}"
             )
         return extractor
 

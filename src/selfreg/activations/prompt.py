@@ -1,4 +1,4 @@
-"""Which tokens the backbone sees (template), which of them count (token rule), and how they become one state (pooling).
+"""Which tokens the backbone sees (template), which of them count (token rule), how they become one state (pooling).
 
 The extractor and the classifier share these functions, so that a text has the same states in both.
 Shapes: B texts, T tokens, D hidden size.

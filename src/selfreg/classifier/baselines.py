@@ -1,7 +1,7 @@
 """What a user would try instead, under the same interface and budget.
 
-`plain`: the linear probe. `l2`: the same with weight decay. `leace`: the same after the group was erased from the pooled
-states (Belrose et al. 2023, the library concept-erasure); it needs the group of each training text.
+`plain`: the linear probe. `l2`: the same with weight decay. `leace`: the same after the group was erased from the
+pooled states (Belrose et al. 2023, the library concept-erasure); it needs the group of each training text.
 """
 
 import logging

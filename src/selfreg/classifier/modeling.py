@@ -34,8 +34,8 @@ _BACKBONE_PREFIX = "backbone."
 class RegularizedSequenceClassifier(PreTrainedModel):
     """Backbone, pooling and a linear head `score`, with the rows of the unintended features.
 
-    logits = score((pool(h') - mean) / scale), h' = h - Σ_c a_c(h) · W_dec[c] where the features are removed. `mean` and
-    the one scalar `scale` are set from the training set. It needs no SAE to run.
+    logits = score((pool(h') - mean) / scale), h' = h - Σ_c a_c(h) · W_dec[c] where the features are removed. `mean`
+    and the one scalar `scale` are set from the training set. It needs no SAE to run.
 
     Args:
         config (`RegularizedSequenceClassifierConfig`): the configuration.
@@ -61,7 +61,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
     ) -> None:
         super().__init__(config)
         shape = (config.num_unintended, config.hidden_size)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, len(config.id2label or {}))
         self.register_buffer("encoder_directions", torch.zeros(shape))
         self.register_buffer("encoder_bias", torch.zeros(config.num_unintended))
         self.register_buffer("decoder_directions", torch.zeros(shape))
@@ -95,7 +95,6 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         num_labels: int | None = None,
         id2label: dict[int, str] | None = None,
         remove_unintended: bool = True,
-        problem_type: str | None = "single_label_classification",
     ) -> "RegularizedSequenceClassifier":
         """A classifier with an untrained head.
 
@@ -105,7 +104,6 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             unintended: what the classifier must not use; None or empty gives the plain classifier.
             num_labels, id2label: the labels; one of the two.
             remove_unintended: take the features out of the hidden states.
-            problem_type: as in transformers.
 
         Raises:
             ValueError: the SAE or the features are of another width, layer or model.
@@ -162,7 +160,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             remove_unintended=remove_unintended,
             id2label=id2label,
             label2id={label: i for i, label in id2label.items()},
-            problem_type=problem_type,
+            problem_type="single_label_classification",
             selfreg_version=__version__,
         )
         model = cls(config, backbone=extractor.backbone, tokenizer=extractor.tokenizer)
@@ -170,7 +168,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             model.encoder_directions.copy_(unintended.encoder_directions)
             model.encoder_bias.copy_(unintended.encoder_bias)
             model.decoder_directions.copy_(unintended.decoder_directions)
-        return model.to(extractor.device)
+        return model.to(extractor.device)  # type: ignore[arg-type]
 
     def set_backbone(self, backbone: PreTrainedModel) -> None:
         """Puts a language model under the head."""
@@ -327,7 +325,8 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         spec = self.config.hidden_state_spec()
         if store.spec != spec:
             raise ValueError(
-                f"the store {store.path} holds other states than this classifier reads: {store.spec} there, {spec} here"
+                f"the store {store.path} holds other states than this classifier reads: {store.spec} there, "
+                f"{spec} here"
             )
         pooling: Any = self.config.pooling
         pooled = torch.empty(store.num_texts, self.config.hidden_size)
@@ -415,9 +414,10 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         """
         dtype = kwargs.pop("dtype", None)
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, dtype=torch.float32, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         if info["missing_keys"]:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {', '.join(sorted(info['missing_keys']))}: it is not a whole "
@@ -434,7 +434,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             # A head alone is still good for cached states; what needs a tokenizer says so.
             model.tokenizer = None
         model.eval()
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
     def _load_backbone(self, path: str | os.PathLike[str], dtype: Any, hub: dict[str, Any]) -> PreTrainedModel:
         config = self.config

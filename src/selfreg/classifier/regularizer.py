@@ -125,4 +125,5 @@ class RegularizationMixin(PartsTrainer):
 
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
         """The loss without the two terms, and the outputs of the model: that of the Trainer this is mixed into."""
-        return super().compute_loss(model, inputs, return_outputs=True)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return loss, outputs

@@ -20,16 +20,16 @@ class RegularizedTrainingArguments(TrainingArguments):
     loss = task loss + penalty_weight · similarity + dependence_weight · dependence
 
     Args:
-        penalty_weight (`float`, defaults to 1.0): weight of the similarity between head and unintended features; 0 turns
-            it off.
+        penalty_weight (`float`, defaults to 1.0): weight of the similarity between head and unintended features; 0
+            turns it off.
         similarity (`str`, defaults to `"encoder"`): `"encoder"`, `"dot"`, `"cosine"` or `"subspace"`; see
             [`similarity_penalty`].
         dependence_weight (`float`, defaults to 10.0): weight of what still depends on the unintended features; 0 turns
             it off. See [`dependence_term`].
         remove_unintended (`bool`, defaults to `True`): take the features out of the hidden states, in training and
             afterwards.
-        cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of once
-            an epoch.
+        cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of
+            once an epoch.
         class_weights (`"balanced"` or `list[float]`, *optional*): weight of each label in the task loss.
     """
 

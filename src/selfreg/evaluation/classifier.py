@@ -32,7 +32,7 @@ def evaluate_classifier(
     label: str = "label",
     group: str | None = None,
 ) -> dict[str, float | None]:
-    """Runs a classifier over texts and measures scores, group gaps, and use of and dependence on its unintended features.
+    """Runs a classifier over texts and measures its scores, group gaps, unintended use and dependence.
 
     Args:
         model: the classifier.
@@ -89,7 +89,7 @@ def evaluate_head(
     )
     if groups is None:
         return figures, []
-    names = head.model.config.id2label or {}
+    names: dict[Any, str] = head.model.config.id2label or {}
     predictions = torch.argmax(logits, dim=1).numpy()
     cells = [
         {**cell, "label": names.get(cell["label"], str(cell["label"]))}

@@ -134,7 +134,7 @@ class _SparseEncode(torch.autograd.Function):
             values_NK.relu_()
         ctx.rectify = rectify  # type: ignore[attr-defined]
         ctx.save_for_backward(centred_ND, W_enc_FD, values_NK, indices_NK)
-        ctx.mark_non_differentiable(indices_NK)  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(indices_NK)
         return values_NK, indices_NK
 
     @staticmethod

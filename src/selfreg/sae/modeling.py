@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.kernels import select_topk, sparse_decode, sparse_encode
@@ -241,7 +241,8 @@ class SAEForFeatureExtraction(PreTrainedModel):
         return maxima
 
     def _encode(self, x: Tensor, k: int, feature_ids: Tensor | None = None, *, rectify: bool = True) -> SparseFeatures:
-        W_enc, b_enc = self.W_enc, self.b_enc
+        W_enc: Tensor = self.W_enc
+        b_enc: Tensor = self.b_enc
         if feature_ids is not None:
             W_enc, b_enc = W_enc[feature_ids], b_enc[feature_ids]
         values, indices = sparse_encode(x.reshape(-1, x.shape[-1]), W_enc, b_enc, self.b_dec, k, rectify=rectify)

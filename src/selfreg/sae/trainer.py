@@ -20,9 +20,9 @@ _NORMALIZATION_STATES = 65_536
 class SAETrainer(PartsTrainer):
     """Trains a [`SAEForFeatureExtraction`].
 
-    `objective="pretrain"`: k annealing, input centring and scale from the data before the first step, an auxiliary loss
-    that revives dead features, unit-norm decoder. `objective="finetune"`: features are split into live and dead on the
-    training states at the start of every epoch; see [`SAEForFeatureExtraction.task_loss`].
+    `objective="pretrain"`: k annealing, input centring and scale from the data before the first step, an auxiliary
+    loss that revives dead features, unit-norm decoder. `objective="finetune"`: features are split into live and dead
+    on the training states at the start of every epoch; see [`SAEForFeatureExtraction.task_loss`].
 
     Args:
         model: the SAE.
@@ -53,8 +53,8 @@ class SAETrainer(PartsTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,  # type: ignore[arg-type]
-            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             **kwargs,
         )
         self.can_return_loss = True
@@ -65,7 +65,9 @@ class SAETrainer(PartsTrainer):
         if isinstance(train_dataset, ActivationStore) and model.config.base_model_name_or_path is None:
             model.config.set_hidden_state_spec(train_dataset.spec)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         if self.args.objective == "pretrain" and not resume_from_checkpoint and self.train_dataset is not None:
             self._fit_normalization()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -118,7 +120,7 @@ class SAETrainer(PartsTrainer):
         return metrics
 
     def split_task_features(self) -> Tensor:
-        """Which features are dead on the training states: pre-activation above zero on none. `[num_features]`, bool."""
+        """Which features never have a pre-activation above zero on the training states. `[num_features]`, bool."""
         sae = self.accelerator.unwrap_model(self.model)
         maxima = torch.full((sae.config.num_features,), -torch.inf, device=sae.device)
         for chunk in iterate_states(self.train_dataset):  # type: ignore[arg-type]

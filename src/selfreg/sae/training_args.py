@@ -19,15 +19,15 @@ class SAETrainingArguments(TrainingArguments):
     `logging_steps=50`.
 
     Args:
-        objective (`str`, defaults to `"pretrain"`): `"pretrain"`: reconstruct hidden states. `"finetune"`: the two-part
-            loss that teaches features which are dead on a task what the live ones miss.
+        objective (`str`, defaults to `"pretrain"`): `"pretrain"`: reconstruct hidden states. `"finetune"`: the
+            two-part loss that teaches features which are dead on a task what the live ones miss.
         k_start (`int`, *optional*): active features at the first step of pre-training, annealed linearly to `k`. None:
             4 k. `k` itself turns annealing off.
         k_anneal_ratio (`float`, defaults to 0.5): share of the steps that annealing takes.
         aux_coefficient (`float`, defaults to 0.03125): weight of the loss that revives dead features in pre-training;
             0 turns it off.
-        dead_after_tokens (`int`, *optional*): a feature is dead once it has not fired on this many states. None: a tenth
-            of what training sees, at most 10 million.
+        dead_after_tokens (`int`, *optional*): a feature is dead once it has not fired on this many states. None: a
+            tenth of what training sees, at most 10 million.
         dead_loss_weight (`float`, defaults to 0.1): weight of the dead features' part in fine-tuning.
     """
 
@@ -46,7 +46,7 @@ class SAETrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=2048, metadata={"help": "Hidden states of a batch."})
     per_device_eval_batch_size: int = field(default=8192, metadata={"help": "Hidden states of a batch."})
     adam_epsilon: float = field(default=6.25e-10, metadata={"help": "Epsilon of Adam."})
-    optim: str = field(default="adamw_torch_fused", metadata={"help": "The optimizer."})  # type: ignore[assignment]
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "The optimizer."})
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold hidden states only."})
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: everything is written under a temporary name beside its place, then renamed."""
+"""Files that are either whole or absent: all is written under a temporary name beside its place, then renamed."""
 
 import hashlib
 import json

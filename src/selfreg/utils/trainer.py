@@ -38,7 +38,7 @@ class WholeCheckpoints(TrainerCallback):
     """Marks a checkpoint once everything of it is on disk, so that one cut short by a kill is never resumed from."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             (folder / _WHOLE).touch()
 

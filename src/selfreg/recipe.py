@@ -144,11 +144,12 @@ class ClassifierRecipe(_Part):
     """Training of the classifier; the baselines get the same budget."""
 
     penalty_weight: float = Field(1.0, ge=0)
-    similarity: Literal["encoder", "dot", "cosine", "subspace"] = "encoder"
-    dependence_weight: float = Field(10.0, ge=0)
+    similarity: Literal["encoder", "dot", "cosine", "subspace"] = "dot"
+    dependence_weight: float = Field(30.0, ge=0)
     remove_unintended: bool = True
-    epochs: float = Field(50, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(2.0, ge=0, description="Of selfreg's classifier; l2 has its own, the others none.")
+    epochs: float = Field(100, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
     batch_size: int = Field(64, ge=1)
     class_weights: Literal["balanced"] | list[float] | None = None
     lora: None = Field(None, description="Not yet: the backbone is frozen.")

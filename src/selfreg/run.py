@@ -13,16 +13,12 @@ from transformers import set_seed
 from selfreg import __version__
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.store import ActivationStore
-from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head
-from selfreg.classifier.modeling import RegularizedSequenceClassifier
-from selfreg.classifier.states import PooledStates
-from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.data import TaskData, load_task
-from selfreg.evaluation.classifier import FIGURES, evaluate_head
 from selfreg.evaluation.report import ReportData, ReportFeature, write_report
 from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
 from selfreg.features.selection import UnintendedFeatures
+from selfreg.heads import Heads
 from selfreg.recipe import ChatRecipe, Recipe, RecipeError
 from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.modeling import SAEForFeatureExtraction
@@ -61,7 +57,9 @@ class _Run:
         self.stages = Stages(self.output / ".stages")
         self.data: TaskData = load_task(recipe.data, recipe.features.attribute)
         # What every stage depends on: another version may compute something else from the same recipe.
-        self.base = {"selfreg": __version__, "seed": recipe.seed, "backbone": recipe.backbone.model_dump(mode="json")}
+        self.states = {"selfreg": __version__, "backbone": recipe.backbone.model_dump(mode="json")}
+        # Hidden states are the same for every seed, what is trained is not.
+        self.base = {**self.states, "seed": recipe.seed}
 
     def run(self) -> dict[str, Any]:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -123,7 +121,7 @@ class _Run:
         stores = {}
         for name, part in texts.items():
             folder = self.output / "activations" / name
-            inputs = [self.base, "store", part]
+            inputs = [self.states, "store", part]
             _, there = self.stages.run(
                 f"activations-{name}",
                 inputs,
@@ -336,7 +334,9 @@ class _Run:
             self.data.train.fingerprint(),
             {name: part.fingerprint() for name, part in self.data.eval.items()},
         ]
-        heads = _Heads(self, unintended, stores)
+        heads = Heads(
+            recipe, self.data, stores, unintended, lambda: self.extractor
+        )
         results = {}
         for name in names:
             outputs = (self.output / "classifier",) if name == "selfreg" else ()
@@ -385,88 +385,6 @@ class _Run:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         write_report(self.output / "report.html", data)
-
-
-class _Heads:
-    """Trains and measures one method after the other on the same cached states."""
-
-    def __init__(self, run: _Run, unintended: UnintendedFeatures, stores: dict[str, ActivationStore]) -> None:
-        self.run, self.unintended, self.stores = run, unintended, stores
-        recipe = run.recipe.classifier
-        self.args = RegularizedTrainingArguments(
-            str(run.output / ".work" / "heads"),
-            penalty_weight=recipe.penalty_weight,
-            similarity=recipe.similarity,
-            dependence_weight=recipe.dependence_weight,
-            remove_unintended=recipe.remove_unintended,
-            num_train_epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate,
-            per_device_train_batch_size=recipe.batch_size,
-            class_weights=recipe.class_weights,
-            seed=run.recipe.seed,
-            save_strategy="no",
-            logging_steps=20,
-            report_to="none",
-            disable_tqdm=True,
-        )
-
-    @cached_property
-    def classifier(self) -> RegularizedSequenceClassifier:
-        return RegularizedSequenceClassifier.from_backbone(
-            self.run.extractor,
-            None,
-            self.unintended,
-            id2label=dict(enumerate(self.run.data.labels)),
-            remove_unintended=self.run.recipe.classifier.remove_unintended,
-        )
-
-    @cached_property
-    def with_removal(self) -> dict[str, PooledStates]:
-        return self._pool()
-
-    @cached_property
-    def without_removal(self) -> dict[str, PooledStates]:
-        config = self.classifier.config
-        remove, config.remove_unintended = config.remove_unintended, False
-        try:
-            return self._pool()
-        finally:
-            config.remove_unintended = remove
-
-    def _pool(self) -> dict[str, PooledStates]:
-        data = self.run.data
-        return {
-            part.name: self.classifier.pooled_states(self.stores[part.name], part.labels)
-            for part in (data.train, *data.eval.values())
-        }
-
-    def measure(self, name: str) -> dict[str, Any]:
-        """Trains `name` and measures it on every eval set; saves the classifier where it is selfreg's."""
-        data = self.run.data
-        callbacks = [StepProgress(f"classifier {name}")]
-        set_seed(self.run.recipe.seed)
-        head: FittedHead | None
-        if name == "selfreg":
-            states = self.with_removal
-            head = fit_head(name, self.classifier, self.args, states["train"], callbacks=callbacks)
-            with atomic_folder(self.run.output / "classifier") as temporary:
-                self.classifier.save_pretrained(temporary)
-        else:
-            states = self.without_removal
-            config = self.classifier.config
-            head = fit_baseline(
-                name, config, self.args, states["train"], groups=data.train.groups, callbacks=callbacks
-            )
-        figures: dict[str, Any] = {}
-        cells: dict[str, Any] = {}
-        for part in data.eval.values():
-            if head is None:
-                figures[part.name], cells[part.name] = dict.fromkeys(FIGURES), []
-            else:
-                figures[part.name], cells[part.name] = evaluate_head(
-                    head, states[part.name], self.unintended, part.groups
-                )
-        return {"figures": figures, "cells": cells, "history": head.history if head else []}
 
 
 def _chat(recipe: ChatRecipe) -> ChatModel:

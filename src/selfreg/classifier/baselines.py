@@ -21,8 +21,8 @@ from selfreg.classifier.training_args import RegularizedTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-L2_WEIGHT_DECAY = 1.0
-"""Decoupled decay of AdamW, times the learning rate of 1e-3 at each step."""
+L2_WEIGHT_DECAY = 2.0
+"""Decoupled decay of AdamW, the same that selfreg's classifier has by default."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def fit_baseline(
     Args:
         name: `"plain"`, `"l2"` or `"leace"`.
         config: of the classifier that it is compared with.
-        args: of that classifier's training; penalties and removal are turned off here.
+        args: of that classifier's training; penalties, removal and (but for `l2`) weight decay are turned off here.
         train: pooled states before any removal.
         groups: the group of each training text, None where it is not known; for `leace`.
         callbacks: for the Trainer.
@@ -105,7 +105,7 @@ def fit_baseline(
         penalty_weight=0.0,
         dependence_weight=0.0,
         remove_unintended=False,
-        weight_decay=L2_WEIGHT_DECAY if name == "l2" else args.weight_decay,
+        weight_decay=L2_WEIGHT_DECAY if name == "l2" else 0.0,
     )
     plain = RegularizedSequenceClassifierConfig(
         hidden_size=config.hidden_size,

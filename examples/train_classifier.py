@@ -1,6 +1,6 @@
 """A text classifier that does not use the patient's gender, written as one would write any Trainer script.
 
-    python examples/train_classifier.py --output runs/example
+python examples/train_classifier.py --output runs/example
 """
 
 import argparse

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -28,7 +29,7 @@ _errors = Console(stderr=True)
 _COLUMNS = {
     "accuracy": "accuracy",
     "worst_group_accuracy": "worst group",
-    "group_gap": "group gap",
+    "group_gap": "gap",
     "leakage": "leakage",
     "unintended_use": "use",
     "unintended_dependence": "dependence",
@@ -117,7 +118,10 @@ def _run(recipe: Any) -> None:
 
 
 def _table(methods: dict[str, Any], eval_name: str) -> Table:
-    table = Table(title=f"on {eval_name}", title_justify="left", title_style="bold")
+    # Without vertical lines it fits a terminal of 80 columns.
+    table = Table(
+        title=f"on {eval_name}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
+    )
     table.add_column("classifier")
     for title in _COLUMNS.values():
         table.add_column(title, justify="right")

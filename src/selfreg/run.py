@@ -334,9 +334,7 @@ class _Run:
             self.data.train.fingerprint(),
             {name: part.fingerprint() for name, part in self.data.eval.items()},
         ]
-        heads = Heads(
-            recipe, self.data, stores, unintended, lambda: self.extractor
-        )
+        heads = Heads(recipe, self.data, stores, unintended, lambda: self.extractor)
         results = {}
         for name in names:
             outputs = (self.output / "classifier",) if name == "selfreg" else ()

@@ -76,7 +76,9 @@ def test_only_the_head_moves_and_every_part_is_logged(
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert {"loss", "task_loss", "similarity", "dependence"} <= set(logged[0])
     for entry in logged:
-        total = entry["task_loss"] + 1.0 * entry["similarity"] + 10.0 * entry["dependence"]
+        args = trainer.args
+        terms = args.penalty_weight * entry["similarity"] + args.dependence_weight * entry["dependence"]
+        total = entry["task_loss"] + terms
         assert entry["loss"] == pytest.approx(total, rel=1e-3, abs=1e-4)
 
 

@@ -16,10 +16,9 @@ from selfreg.evaluation.metrics import (
     group_cells,
     group_gap,
     leakage,
-    unintended_dependence,
-    unintended_use,
     worst_group_accuracy,
 )
+from selfreg.evaluation.reliance import unintended_dependence, unintended_use
 
 KEYS = [
     "accuracy",

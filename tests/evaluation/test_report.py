@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-import selfreg.evaluation.report as report
+from selfreg.evaluation import report_charts, report_figures
 from selfreg.evaluation.report import ReportData, ReportFeature, render_report, write_report
 from selfreg.features.spans import Span
 
@@ -299,7 +299,9 @@ def test_tables_hold_every_figure_and_say_what_it_means() -> None:
                 assert f"{value:.3f}" in source
     header = [attributes for attributes in page.tags("th") if attributes.get("title")]
     assert {attributes["title"] for attributes in header} >= {
-        figure.meaning for key, figure in report._FIGURES.items() if key in data.metrics["methods"]["plain"]["test"]
+        figure.meaning
+        for key, figure in report_figures._FIGURES.items()
+        if key in data.metrics["methods"]["plain"]["test"]
     }
     assert "higher is better" in page.text
     assert "lower is better" in page.text
@@ -501,16 +503,16 @@ def test_hostile_text_is_only_text(evil: str) -> None:
     assert title.count(evil) >= 20
     # Inside figures plotly reads a little HTML, so there it is escaped once more; and no figure uses a template.
     traces, _ = page.figures[0]
-    assert [trace["name"] for trace in traces][2] == report._figure_text(evil)
+    assert [trace["name"] for trace in traces][2] == report_charts._figure_text(evil)
     assert "<script" not in json.dumps(page.figures)
     assert not re.search(r"<(?!/?b>|br>)", json.dumps(page.figures))
     assert "template" not in json.dumps(page.figures)
 
 
 def test_figure_text() -> None:
-    assert report._figure_text('a <b>\n & \t"c"') == 'a &lt;b&gt; &amp; "c"'
-    assert report._figure_text("abcdef", limit=4) == "abc…"
-    assert report._figure_text("ab<<<<", limit=4) == "ab&lt;…"
+    assert report_charts._figure_text('a <b>\n & \t"c"') == 'a &lt;b&gt; &amp; "c"'
+    assert report_charts._figure_text("abcdef", limit=4) == "abc…"
+    assert report_charts._figure_text("ab<<<<", limit=4) == "ab&lt;…"
 
 
 def test_empty_run() -> None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from selfreg.evaluation.metrics import FloatArray, as_matrix
+from selfreg.evaluation.arrays import FloatArray, as_matrix
 
 
 class LogitExplanation(NamedTuple):

@@ -3,31 +3,31 @@
 Pure functions of arrays. Letters in shapes: N texts, L labels (logits), d hidden size, U unintended features.
 
 The free constant of a softmax: adding the same number to all logits of a text changes no prediction and no loss, so
-whatever looks at logits here first takes that constant out, by centring over labels or by looking at log odds.
+scores are compared between texts as log odds here, where that constant is out.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-FloatArray: TypeAlias = npt.NDArray[np.float64]
-IntArray: TypeAlias = npt.NDArray[np.int64]
-Groups: TypeAlias = Sequence[str | int | None] | npt.NDArray[Any]
+from selfreg.evaluation.arrays import FloatArray, Groups, IntArray, as_matrix, cells, labels_of, of_known_group
+from selfreg.evaluation.reliance import FOLDS, unintended_dependence, unintended_use
+
+__all__ = [
+    "GroupCell",
+    "classification_scores",
+    "evaluate_predictions",
+    "group_cells",
+    "group_gap",
+    "leakage",
+    "unintended_dependence",
+    "unintended_use",
+    "worst_group_accuracy",
+]
 
 _MIN_CELL = 10
 """Rows that a (label, group) cell needs before its accuracy counts in `worst_group_accuracy`."""
-
-_RANK_TOLERANCE = 1e-6
-"""Of the largest singular value. Above the rounding of float32 feature rows (6e-8), whatever type they arrive in."""
-
-_CONSTANT_TOLERANCE = 1e-9
-"""A standard deviation under this share of the size of what was added up is rounding, and counts as zero."""
-
-_RIDGE_STRENGTHS = np.logspace(-2, 6, 9)
-
-_FOLDS = 5
 
 
 class GroupCell(TypedDict):
@@ -72,7 +72,7 @@ def evaluate_predictions(
         ValueError: shapes that do not fit, NaN or infinite values, labels or groups that are not what is said above.
     """
     logits_NL = as_matrix("logits", logits)
-    labels_N = _labels_of(labels, logits_NL)
+    labels_N = labels_of(labels, logits_NL)
     num_texts, num_labels = logits_NL.shape
     predictions = logits_NL.argmax(axis=1)
     figures = classification_scores(logits_NL, labels_N)
@@ -89,7 +89,7 @@ def evaluate_predictions(
         )
     if activations is not None:
         activations_NU = as_matrix("activations", activations, rows=num_texts, may_be_empty=True)
-        if num_texts >= _FOLDS:
+        if num_texts >= FOLDS:
             figures["unintended_dependence"] = unintended_dependence(logits_NL, labels_N, activations_NU)
     return figures
 
@@ -115,7 +115,7 @@ def classification_scores(logits: npt.ArrayLike, labels: npt.ArrayLike) -> dict[
     from sklearn.metrics import accuracy_score, f1_score
 
     logits_NL = as_matrix("logits", logits)
-    labels_N = _labels_of(labels, logits_NL)
+    labels_N = labels_of(labels, logits_NL)
     predictions = logits_NL.argmax(axis=1)
     if logits_NL.shape[1] == 2:
         f1 = f1_score(labels_N, predictions, pos_label=1, average="binary", zero_division=0.0)
@@ -168,10 +168,10 @@ def worst_group_accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike, grou
     Raises:
         ValueError: lengths that differ, or values that are not labels or groups.
     """
-    labels_M, codes_M, _, predictions_M = _of_known_group(labels, groups, predictions)
+    labels_M, codes_M, _, predictions_M = of_known_group(labels, groups, predictions)
     correct = predictions_M == labels_M
     accuracies = [
-        float(correct[rows].mean()) for _, _, rows in _cells(labels_M, codes_M) if np.count_nonzero(rows) >= _MIN_CELL
+        float(correct[rows].mean()) for _, _, rows in cells(labels_M, codes_M) if np.count_nonzero(rows) >= _MIN_CELL
     ]
     return min(accuracies, default=None)
 
@@ -209,12 +209,12 @@ def group_cells(
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}: pass 0.95 for a 95 % interval")
     if resamples < 1:
         raise ValueError(f"resamples must be 1 or more, got {resamples}")
-    labels_M, codes_M, names, predictions_M = _of_known_group(labels, groups, predictions)
+    labels_M, codes_M, names, predictions_M = of_known_group(labels, groups, predictions)
     correct = predictions_M == labels_M
     rng = np.random.default_rng(seed)
     tail = (1 - confidence) / 2
     table: list[GroupCell] = []
-    for label, code, rows in _cells(labels_M, codes_M):
+    for label, code, rows in cells(labels_M, codes_M):
         n = int(np.count_nonzero(rows))
         accuracy = float(correct[rows].mean())
         low, high = np.quantile(rng.binomial(n, accuracy, size=resamples) / n, [tail, 1 - tail])
@@ -249,7 +249,7 @@ def group_gap(predictions: npt.ArrayLike, labels: npt.ArrayLike, groups: Groups)
     """
     from fairlearn.metrics import demographic_parity_difference
 
-    labels_M, codes_M, _, predictions_M = _of_known_group(labels, groups, predictions)
+    labels_M, codes_M, _, predictions_M = of_known_group(labels, groups, predictions)
     values = np.union1d(labels_M, predictions_M)
     gaps = []
     for label in values[1:] if len(values) == 2 else values:
@@ -290,9 +290,9 @@ def leakage(logits: npt.ArrayLike, labels: npt.ArrayLike, groups: Groups) -> flo
         ValueError: shapes that do not fit, NaN, labels out of range, or values that are not groups.
     """
     logits_NL = as_matrix("logits", logits)
-    labels_M, codes_M, _, logits_ML = _of_known_group(_labels_of(labels, logits_NL, least=1), groups, logits_NL)
+    labels_M, codes_M, _, logits_ML = of_known_group(labels_of(labels, logits_NL, least=1), groups, logits_NL)
     total, weights = 0.0, 0
-    for label, code, rows in _cells(labels_M, codes_M):
+    for label, code, rows in cells(labels_M, codes_M):
         same_label = labels_M == label
         n = int(np.count_nonzero(rows))
         smaller_side = min(n, int(np.count_nonzero(same_label)) - n)
@@ -301,223 +301,3 @@ def leakage(logits: npt.ArrayLike, labels: npt.ArrayLike, groups: Groups) -> flo
             total += smaller_side * 2 * abs(auc - 0.5)
             weights += smaller_side
     return total / weights if weights else None
-
-
-# --- Unintended features ---------------------------------------------------------------------------------------------
-
-
-def unintended_use(pooled: npt.ArrayLike, weight: npt.ArrayLike, directions: npt.ArrayLike) -> float:
-    """The share of the variance of the logit margin that comes through the span of the unintended features.
-
-        mean over logits of  Var(w · P_U h') / Var(w · h')
-
-    over the texts, with h' the rows of `pooled`, P_U the orthogonal projector on the span of the rows of `directions`,
-    and w the rows of `weight` centred over labels (for L of 2 or more), so that a part that all logits share counts
-    as nothing. A logit that does not vary counts as 0.
-
-    The value depends on the span only: rows of `directions` may be scaled, mixed, repeated or zero. Nor does it change
-    when `pooled` is shifted or scaled as a whole, so standardised and raw states give the same, as long as `weight`
-    fits `pooled`. It is not bounded by 1: where the part inside the span and the part outside cancel one another, each
-    varies more than their sum.
-
-    Args:
-        pooled: `[N, d]`.
-        weight: `[L, d]`.
-        directions: `[U, d]`; U = 0 gives 0.0.
-
-    Raises:
-        ValueError: shapes that do not fit, or NaN.
-    """
-    pooled_Nd = as_matrix("pooled", pooled)
-    weight_Ld = _centred_over_labels(as_matrix("weight", weight, columns=pooled_Nd.shape[1]), axis=0)
-    basis_Rd = _orthonormal_rows(as_matrix("directions", directions, columns=pooled_Nd.shape[1], may_be_empty=True))
-    centred_Nd = pooled_Nd - pooled_Nd.mean(axis=0)
-    total_L = (centred_Nd @ weight_Ld.T).var(axis=0)
-    through_L = (centred_Nd @ basis_Rd.T @ (basis_Rd @ weight_Ld.T)).var(axis=0)
-    size_L = np.linalg.norm(weight_Ld, axis=1) * np.sqrt((pooled_Nd**2).sum(axis=1).mean())
-    return float(np.mean(_ratio(through_L, total_L, floor=(_CONSTANT_TOLERANCE * size_L) ** 2)))
-
-
-def unintended_dependence(
-    logits: npt.ArrayLike, labels: npt.ArrayLike, activations: npt.ArrayLike, *, folds: int = _FOLDS, seed: int = 0
-) -> float:
-    """How much of what varies in the logits among texts of the same true label the unintended features predict.
-
-        mean over logits of  max(0, R²),   R² = 1 − Σ (l − l̂)² / Σ l²
-
-    with l a logit (centred over labels for L of 2 or more, then within the true label), and l̂ its prediction for
-    texts held out, by ridge regression on the activations (centred within the true label, at unit variance). The sums
-    run over all texts, each predicted once, by the fold that did not see it. Unlike `unintended_use` this sees
-    reliance through directions that are merely correlated with the features.
-
-    Each logit's R² is floored by itself: below 0 it says that ridge regression overfitted, not that there is less
-    than no dependence, so it must not cancel what another logit shows. A logit that does not vary counts as 0.
-
-    The ridge strength is chosen for each logit within the training folds (by leave-one-out). The centring and the
-    activations' scale come from all texts. A scale from the training folds alone would blow up a feature that fires
-    in two or three texts when one of them is held out: in a simulation of 400 texts, with 100 features that fire in
-    two texts each beside 3 that matter, R² went from 0.47 without the rare ones to -0.6 so, and to 0.36 with a scale
-    from all texts. Rare features in large number do make the value too low, then, and a low value is no proof there.
-
-    Args:
-        logits: `[N, L]`.
-        labels: `[N]` integers in 0..L-1 (any integers for L = 1).
-        activations: `[N, U]`; U = 0 gives 0.0.
-        folds: parts that the texts are dealt into, 2 to N.
-        seed: of the deal; the same seed gives the same value.
-
-    Raises:
-        ValueError: shapes that do not fit, NaN, labels out of range, or folds that are not 2 to N.
-    """
-    logits_NL = as_matrix("logits", logits)
-    labels_N = _labels_of(labels, logits_NL, least=1)
-    activations_NU = as_matrix("activations", activations, rows=len(labels_N), may_be_empty=True)
-    if not 2 <= folds <= len(labels_N):
-        raise ValueError(f"folds must lie between 2 and the number of texts ({len(labels_N)}), got {folds}")
-
-    target_NL = _centred_within(_centred_over_labels(logits_NL, axis=1), labels_N)
-    z_NU = _centred_within(activations_NU, labels_N)
-    scale_U = z_NU.std(axis=0)
-    varies_U = scale_U > _CONSTANT_TOLERANCE * np.abs(activations_NU).max(axis=0)
-    varies_L = target_NL.std(axis=0) > _CONSTANT_TOLERANCE * np.abs(logits_NL).max()
-    if not varies_U.any() or not varies_L.any():
-        return 0.0
-    # In units of its own spread, so that the sums of squares are the same for logits of any size.
-    target_NV = target_NL[:, varies_L] / target_NL[:, varies_L].std(axis=0)
-    error_NV = target_NV - _held_out_predictions(z_NU[:, varies_U] / scale_U[varies_U], target_NV, folds, seed)
-    r2_V = 1 - (error_NV**2).sum(axis=0) / (target_NV**2).sum(axis=0)
-    return float(np.maximum(r2_V, 0).sum() / len(varies_L))
-
-
-def _held_out_predictions(inputs: FloatArray, targets: FloatArray, folds: int, seed: int) -> FloatArray:
-    from sklearn.linear_model import RidgeCV
-    from sklearn.model_selection import KFold
-
-    predictions = np.empty_like(targets)
-    for train, held_out in KFold(folds, shuffle=True, random_state=seed).split(inputs):
-        ridge = RidgeCV(_RIDGE_STRENGTHS, alpha_per_target=True).fit(inputs[train], targets[train])
-        predictions[held_out] = ridge.predict(inputs[held_out]).reshape(len(held_out), -1)
-    return predictions
-
-
-def _centred_over_labels(values: FloatArray, axis: int) -> FloatArray:
-    """Without what all labels share; a single logit has no softmax, and stays."""
-    return values - values.mean(axis=axis, keepdims=True) if values.shape[axis] > 1 else values
-
-
-def _centred_within(values: FloatArray, labels: IntArray) -> FloatArray:
-    centred = np.empty_like(values)
-    for label in np.unique(labels):
-        rows = labels == label
-        centred[rows] = values[rows] - values[rows].mean(axis=0)
-    return centred
-
-
-def _orthonormal_rows(rows: FloatArray) -> FloatArray:
-    """`[R, d]`, an orthonormal basis of the span of `rows` `[U, d]`."""
-    lengths = np.linalg.norm(rows, axis=1)
-    rows = rows[lengths > 0]
-    if not len(rows):
-        return rows
-    # At unit length, so that a short row is not taken for a rounding error of a long one.
-    _, sizes, basis = np.linalg.svd(rows / lengths[lengths > 0, None], full_matrices=False)
-    return np.asarray(basis[sizes > _RANK_TOLERANCE * sizes[0]])
-
-
-def _ratio(part: FloatArray, whole: FloatArray, floor: FloatArray) -> FloatArray:
-    return np.divide(part, whole, out=np.zeros_like(whole), where=whole > floor)
-
-
-# --- Checks ----------------------------------------------------------------------------------------------------------
-
-
-def as_matrix(
-    name: str,
-    values: npt.ArrayLike,
-    *,
-    rows: int | None = None,
-    columns: int | None = None,
-    may_be_empty: bool = False,
-) -> FloatArray:
-    """`values` as a float64 matrix of finite numbers, or a ValueError that names `name` and what to mend."""
-    matrix = np.asarray(values, dtype=np.float64)
-    if matrix.ndim != 2:
-        raise ValueError(f"{name} must have two dimensions, got shape {matrix.shape}: pass one row a text or label")
-    if not matrix.size and not may_be_empty:
-        raise ValueError(f"{name} is empty, shape {matrix.shape}: pass at least one row and one column")
-    for wanted, found, what in ((rows, matrix.shape[0], "rows"), (columns, matrix.shape[1], "columns")):
-        if wanted is not None and wanted != found:
-            raise ValueError(f"{name} must have {wanted} {what} to fit the other arrays, got shape {matrix.shape}")
-    bad = np.flatnonzero(~np.isfinite(matrix).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"{name} holds NaN or infinite values in {len(bad)} rows (the first is row {bad[0]}): "
-            "leave these rows out of every array, or mend what made them"
-        )
-    return matrix
-
-
-def _as_integers(name: str, values: npt.ArrayLike) -> IntArray:
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name} must have one dimension, got shape {array.shape}: pass one integer a text")
-    if array.dtype.kind not in "biu":
-        raise ValueError(f"{name} must be integers, got {array.dtype}: number the label names from 0")
-    return array.astype(np.int64)
-
-
-def _labels_of(labels: npt.ArrayLike, logits_NL: FloatArray, least: int = 2) -> IntArray:
-    """Checked `labels` `[N]` that fit `logits_NL`."""
-    labels_N = _as_integers("labels", labels)
-    num_texts, num_labels = logits_NL.shape
-    if num_labels < least:
-        raise ValueError(f"logits must have {least} or more columns, one a label, got shape {logits_NL.shape}")
-    if len(labels_N) != num_texts:
-        raise ValueError(f"labels must have {num_texts} entries, one a row of logits, got {len(labels_N)}")
-    if num_labels > 1 and (labels_N.min() < 0 or labels_N.max() >= num_labels):
-        raise ValueError(
-            f"labels must lie in 0..{num_labels - 1}, as logits has {num_labels} columns, got "
-            f"{labels_N.min()}..{labels_N.max()}: number the labels from 0, or give logits one column a label"
-        )
-    return labels_N
-
-
-def _group_name(value: Any) -> str | int | None:
-    """A plain str or int, or None for an unknown group (None or NaN). Whole floats are what pandas makes of ints."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, float) and (np.isnan(value) or value.is_integer()):
-        return None if np.isnan(value) else int(value)
-    raise ValueError(f"groups must hold names or whole numbers, or None where unknown, got {value!r}: bin it first")
-
-
-def _of_known_group(
-    labels: npt.ArrayLike, groups: Groups, values: npt.ArrayLike
-) -> tuple[IntArray, IntArray, list[str | int], npt.NDArray[Any]]:
-    """The texts whose group is known.
-
-    Returns:
-        Their labels `[M]`, group codes `[M]`, the sorted names that the codes number, and their rows of `values`
-        (predictions, or a matrix that has been checked).
-    """
-    labels_N = _as_integers("labels", labels)
-    values = np.asarray(values)
-    values_N = _as_integers("predictions", values) if values.ndim < 2 else values
-    if len(values_N) != len(labels_N):
-        raise ValueError(f"predictions must have {len(labels_N)} entries, one a label, got {len(values_N)}")
-    if len(groups) != len(labels_N):
-        raise ValueError(f"groups must have {len(labels_N)} entries, one a label, got {len(groups)}: None if unknown")
-    of_text = [_group_name(group) for group in groups]
-    names = sorted({name for name in of_text if name is not None}, key=lambda name: (isinstance(name, str), name))
-    code_of: dict[str | int | None, int] = {name: code for code, name in enumerate(names)}
-    codes_N = np.array([code_of.get(name, -1) for name in of_text], dtype=np.int64)
-    known = codes_N >= 0
-    return labels_N[known], codes_N[known], names, values_N[known]
-
-
-def _cells(labels: IntArray, codes: IntArray) -> Iterator[tuple[int, int, npt.NDArray[np.bool_]]]:
-    """(label, group code, mask over rows) of every cell that has a row, in order."""
-    for label, code in np.unique(np.stack([labels, codes], axis=1), axis=0):
-        yield int(label), int(code), (labels == label) & (codes == code)

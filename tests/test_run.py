@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ import torch
 import yaml
 
 from conftest import WORDS, tiny_backbone, word_tokenizer
-from selfreg import FeatureCatalog, Recipe, RegularizedSequenceClassifier, SAEForFeatureExtraction, UnintendedFeatures
+from selfreg import (
+    FeatureCatalog,
+    Recipe,
+    RegularizedSequenceClassifier,
+    SAEConfig,
+    SAEForFeatureExtraction,
+    UnintendedFeatures,
+)
 from selfreg.evaluation.classifier import FIGURES
+from selfreg.features.chat import Choice, Conversation
 from selfreg.recipe import RecipeError
 from selfreg.run import run_recipe
 
@@ -194,6 +203,74 @@ def test_published_sae_is_taken_and_one_that_does_not_fit_refused(folder: Path, 
     with pytest.raises(RecipeError, match="layer is 1 in the SAE .* and 2 in the backbone"):
         run_recipe(Recipe.from_dict(changed))
     assert not (tmp_path / "bad" / "activations").exists()
+
+
+def test_another_sae_at_the_same_path_is_not_taken_for_the_first(folder: Path, tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    changed = values(folder, tmp_path / "out", features={"ids": [1, 2]}, baselines=[])
+    changed["sae"] = {"from_pretrained": str(published), "finetune": {"epochs": 1, "batch_size": 128}}
+    figures = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=64, k=6))
+        sae.set_normalization(torch.zeros(16), torch.tensor(1.0))
+        sae.save_pretrained(published)
+        figures.append(run_recipe(Recipe.from_dict(changed))["sae"]["fvu"])
+    assert figures[0] != figures[1]
+
+
+class JudgeOfWords:
+    """Explains a feature by the word at its peak, and finds pronouns no reason for a diagnosis."""
+
+    name = "words"
+
+    def __init__(self, fails_after: int | None = None) -> None:
+        self.calls, self.fails_after = 0, fails_after
+
+    def _count(self, conversations: Sequence[Conversation]) -> None:
+        self.calls += len(conversations)
+        if self.fails_after is not None and self.calls > self.fails_after:
+            raise ConnectionError("the server is gone")
+
+    def complete(self, conversations: Sequence[Conversation], *, max_new_tokens: int = 64) -> list[str]:
+        self._count(conversations)
+        return ["pronouns" if "she" in turns[-1]["content"].split() else "other words" for turns in conversations]
+
+    def choose(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[Choice]:
+        self._count(conversations)
+        answers = []
+        for turns in conversations:
+            about = turns[-1]["content"]
+            answer = "No" if "a rubric of symptoms" in about and "pronouns" in about else "Yes"
+            answers.append(Choice(answer, {option: float(option == answer) for option in options}))
+        return answers
+
+
+def test_features_by_a_judge_whose_server_fails_on_the_way(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = JudgeOfWords(fails_after=70)
+    monkeypatch.setattr("selfreg.run._chat", lambda _recipe: chat)
+    local = {"local": "words"}
+    features = {"explainer": local, "judge": local, "rubric": "a rubric of symptoms"}
+    recipe = Recipe.from_dict(values(folder, tmp_path / "out", features=features, baselines=["plain"]))
+    with pytest.raises(ConnectionError):
+        run_recipe(recipe)
+    assert not (tmp_path / "out" / "catalog").exists()
+    first = chat.calls
+    chat.fails_after = None
+    metrics = run_recipe(recipe)
+    whole = JudgeOfWords()
+    monkeypatch.setattr("selfreg.run._chat", lambda _recipe: whole)
+    again = run_recipe(Recipe.from_dict({**recipe.to_dict(), "output": str(tmp_path / "whole")}))
+    assert again == metrics
+    assert metrics["features"]["explained"] > metrics["features"]["unintended"] > 0
+    # What was answered before the failure was not asked again: only the batch that failed.
+    assert first < chat.calls < whole.calls + first
+    catalog = FeatureCatalog.from_pretrained(tmp_path / "out" / "catalog")
+    unintended = UnintendedFeatures.from_pretrained(tmp_path / "out" / "unintended")
+    assert all(catalog[feature].explanation == "pronouns" for feature in unintended.feature_ids)
+    assert all(catalog[feature].decided_by == "words" for feature in unintended.feature_ids)
 
 
 def test_missing_layer_is_told_before_any_long_work(folder: Path, tmp_path: Path) -> None:

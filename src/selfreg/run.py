@@ -15,7 +15,7 @@ from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.store import ActivationStore
 from selfreg.data import TaskData, load_task
 from selfreg.evaluation.report import ReportData, ReportFeature, write_report
-from selfreg.features.catalog import FeatureCatalog
+from selfreg.features.catalog import FeatureCatalog, sae_fingerprint
 from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.heads import Heads
@@ -172,16 +172,23 @@ class _Run:
             general.text_fingerprint,
             held_out.text_fingerprint,
         ]
+        if recipe.from_pretrained is not None:
+            # What lies at a path may change.
+            inputs.append(sae_fingerprint(SAEForFeatureExtraction.from_pretrained(recipe.from_pretrained)))
+        # Unfinished training is found again by all that it depends on.
+        key = self.stages.key_of(inputs)
         before, there = self.stages.run(
-            "sae-pretrain", inputs, lambda: self._pretrain(general, held_out, pretrained), outputs=(pretrained,)
+            "sae-pretrain",
+            inputs,
+            lambda: self._pretrain(general, held_out, pretrained, key),
+            outputs=(pretrained,),
         )
         self.tell(_sae_line("SAE pre-trained" if recipe.from_pretrained is None else "SAE loaded", before, there))
         final = self.output / "sae"
+        inputs = [inputs, "finetune", recipe.model_dump(mode="json")["finetune"], stores["train"].text_fingerprint]
+        key = self.stages.key_of(inputs)
         after, there = self.stages.run(
-            "sae",
-            [inputs, "finetune", recipe.model_dump(mode="json")["finetune"], stores["train"].text_fingerprint],
-            lambda: self._finetune(stores["train"], held_out, pretrained, final),
-            outputs=(final,),
+            "sae", inputs, lambda: self._finetune(stores["train"], held_out, pretrained, final, key), outputs=(final,)
         )
         if recipe.finetune is not None:
             self.tell(_sae_line("SAE fine-tuned on the task", after, there))
@@ -189,11 +196,10 @@ class _Run:
         result = {
             "figures": {**figures, "before_finetuning": before["figures"], "after_finetuning": after["figures"]},
             "curves": {"SAE pre-training": before["history"], "SAE fine-tuning": after["history"]},
-            "key": [inputs, "finetune", recipe.model_dump(mode="json")["finetune"], stores["train"].text_fingerprint],
         }
         return SAEForFeatureExtraction.from_pretrained(final), result
 
-    def _pretrain(self, store: ActivationStore, held_out: ActivationStore, folder: Path) -> dict[str, Any]:
+    def _pretrain(self, store: ActivationStore, held_out: ActivationStore, folder: Path, key: str) -> dict[str, Any]:
         recipe = self.recipe.sae
         history: list[dict[str, float]] = []
         set_seed(self.recipe.seed)
@@ -204,20 +210,20 @@ class _Run:
             config = SAEConfig(hidden_size=store.hidden_size, num_features=recipe.num_features, k=recipe.k)
             sae = SAEForFeatureExtraction(config)
             part = recipe.pretrain
-            history = self._train_sae(sae, store, "pretrain", part.epochs, part.learning_rate, part.batch_size)
+            history = self._train_sae(sae, store, "pretrain", part.epochs, part.learning_rate, part.batch_size, key)
         with atomic_folder(folder) as temporary:
             sae.save_pretrained(temporary)
         return {"figures": evaluate_sae(sae, held_out).to_dict(), "history": history}
 
     def _finetune(
-        self, store: ActivationStore, held_out: ActivationStore, source: Path, folder: Path
+        self, store: ActivationStore, held_out: ActivationStore, source: Path, folder: Path, key: str
     ) -> dict[str, Any]:
         part = self.recipe.sae.finetune
         sae = SAEForFeatureExtraction.from_pretrained(source)
         history: list[dict[str, float]] = []
         if part is not None:
             set_seed(self.recipe.seed)
-            history = self._train_sae(sae, store, "finetune", part.epochs, part.learning_rate, part.batch_size)
+            history = self._train_sae(sae, store, "finetune", part.epochs, part.learning_rate, part.batch_size, key)
         with atomic_folder(folder) as temporary:
             sae.save_pretrained(temporary)
         return {"figures": evaluate_sae(sae, held_out).to_dict(), "history": history}
@@ -230,12 +236,9 @@ class _Run:
         epochs: float,
         learning_rate: float,
         batch_size: int,
+        key: str,
     ) -> list[dict[str, float]]:
-        work = (
-            self.output
-            / ".work"
-            / f"{objective}-{self.stages.key_of([self._sae_key(objective), store.text_fingerprint])}"
-        )
+        work = self.output / ".work" / f"{objective}-{key}"
         args = SAETrainingArguments(
             str(work),
             objective=objective,
@@ -254,10 +257,6 @@ class _Run:
         trainer = SAETrainer(sae, args, train_dataset=store, callbacks=[StepProgress(label)])
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
         return trainer.state.log_history
-
-    def _sae_key(self, objective: str) -> list[Any]:
-        recipe = self.recipe.sae.model_dump(mode="json")
-        return [self.base, recipe["num_features"], recipe["k"], recipe["pretrain"], recipe[objective]]
 
     def _catalog(self, sae: SAEForFeatureExtraction, store: ActivationStore) -> FeatureCatalog:
         folder = self.output / "catalog"
@@ -278,8 +277,6 @@ class _Run:
                 catalog.judge(_chat(recipe.judge), rubric, journal=journal / "verdicts.jsonl")
             catalog.save_pretrained(folder)
             return {"features": len(catalog)}
-
-        from selfreg.features.catalog import sae_fingerprint
 
         inputs = [self.base, sae_fingerprint(sae), store.text_fingerprint, asked, rubric]
         self.stages.run("catalog", inputs, work, outputs=(folder,))

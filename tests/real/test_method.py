@@ -59,7 +59,7 @@ def held_out(
 def general_sae(
     extractor: HiddenStateExtractor, data_path: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> SAEForFeatureExtraction:
-    """Pre-trained on general text, so that much of it is dead on clinical notes."""
+    """Pre-trained on general text, which clinical notes are unlike."""
     with lzma.open(data_path("sae_text/train.jsonl.xz"), "rt", encoding="utf8") as file:
         texts = [json.loads(line)["text"] for line, _ in zip(file, range(300), strict=False)]
     folder = tmp_path_factory.mktemp("general")
@@ -98,7 +98,7 @@ def test_layer_15_is_hidden_states_16_of_the_whole_model(
     assert whole[0].norm() > 10 * kept.norm(dim=1).median()
 
 
-def test_fine_tuning_lowers_fvu_and_wakes_features_on_the_task(
+def test_fine_tuning_on_the_task_lowers_fvu_on_held_out_texts_of_it(
     general_sae: SAEForFeatureExtraction, store: ActivationStore, held_out: ActivationStore, tmp_path: Path
 ) -> None:
     general_sae.save_pretrained(tmp_path / "copy")
@@ -116,8 +116,8 @@ def test_fine_tuning_lowers_fvu_and_wakes_features_on_the_task(
     )
     SAETrainer(sae, args, train_dataset=store).train()
     after = evaluate_sae(sae, held_out)
-    assert after.fvu < before.fvu
-    assert after.dead_fraction < before.dead_fraction
+    assert after.fvu < 0.95 * before.fvu
+    assert max(before.dead_fraction, after.dead_fraction) < 0.05
 
 
 def test_a_chat_model_explains_and_judges(

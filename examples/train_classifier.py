@@ -48,10 +48,10 @@ SAETrainer(sae, sae_args, train_dataset=store).train()
 catalog = FeatureCatalog.build(sae, extractor, train["text"], store=store)
 unintended = UnintendedFeatures.from_keywords(sae, catalog, KEYWORDS)
 
-# 3. The classifier, with and without the control.
+# 3. The classifier, with and without the control; both are measured against the same features.
 for name, features in {"plain": None, "selfreg": unintended}.items():
     model = RegularizedSequenceClassifier.from_backbone(extractor, sae, features, id2label=dict(enumerate(labels)))
     training_args = RegularizedTrainingArguments(f"{args.output}/{name}", save_strategy="no", report_to="none")
     RegularizedTrainer(model=model, args=training_args, train_dataset=train).train()
     model.save_pretrained(f"{args.output}/{name}")
-    print(name, evaluate_classifier(model, shifted, group="gender"))
+    print(name, evaluate_classifier(model, shifted, group="gender", unintended=unintended))

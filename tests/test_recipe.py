@@ -27,8 +27,11 @@ def test_defaults() -> None:
     classifier = recipe.classifier
     # As measured by benchmarks/demo_control.py, and those that a user of the Trainer gets.
     args = RegularizedTrainingArguments("x")
-    for name in ("penalty_weight", "similarity", "dependence_weight", "remove_unintended", "weight_decay"):
+    for name in ("penalty_weight", "similarity", "dependence_weight", "weight_decay"):
         assert getattr(classifier, name) == getattr(args, name), name
+    # None: as `from_backbone` made the model, whose default is True.
+    assert classifier.remove_unintended
+    assert args.remove_unintended is None
     assert (classifier.epochs, classifier.learning_rate) == (args.num_train_epochs, args.learning_rate)
     assert recipe.features.max_features == 100
 

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_whole_run_and_what_it_leaves(folder: Path, tmp_path: Path) -> None:
 def test_stages_that_are_done_are_skipped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run_recipe(Recipe.from_dict(values(folder, tmp_path / "out")))
     monkeypatch.setattr("selfreg.run.HiddenStateExtractor.from_pretrained", None)
-    monkeypatch.setattr("selfreg.run.SAETrainer", None)
+    monkeypatch.setattr("selfreg.sae_stages.SAETrainer", None)
     lines: list[str] = []
     assert run_recipe(Recipe.from_dict(values(folder, tmp_path / "out")), tell=lines.append) == first
     assert sum("done before" in line for line in lines) == 7
@@ -130,7 +131,7 @@ def test_changed_part_is_done_again_and_the_rest_is_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_recipe(Recipe.from_dict(values(folder, tmp_path / "out")))
-    monkeypatch.setattr("selfreg.run.SAETrainer", None)
+    monkeypatch.setattr("selfreg.sae_stages.SAETrainer", None)
     changed = values(folder, tmp_path / "out", features={"attribute": "sex", "max_features": 3})
     metrics = run_recipe(Recipe.from_dict(changed))
     assert metrics["features"]["unintended"] == 3
@@ -251,7 +252,7 @@ def test_features_by_a_judge_whose_server_fails_on_the_way(
 ) -> None:
     chat = JudgeOfWords(fails_after=70)
     monkeypatch.setattr("selfreg.run._chat", lambda _recipe: chat)
-    local = {"local": "words"}
+    local = {"local": str(folder / "tiny")}
     features = {"explainer": local, "judge": local, "rubric": "a rubric of symptoms"}
     recipe = Recipe.from_dict(values(folder, tmp_path / "out", features=features, baselines=["plain"]))
     with pytest.raises(ConnectionError):
@@ -278,3 +279,95 @@ def test_missing_layer_is_told_before_any_long_work(folder: Path, tmp_path: Path
     changed["backbone"]["layer"] = 9
     with pytest.raises(ValueError, match="layer 9 is not there: .* layer is 0 to 3"):
         run_recipe(Recipe.from_dict(changed))
+
+
+def test_another_backbone_at_the_same_path_is_not_taken_for_the_first(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "task"
+    shutil.copytree(folder, copy)
+    first = run_recipe(Recipe.from_dict(values(copy, tmp_path / "out")))
+    tiny_backbone(seed=5).save_pretrained(copy / "tiny")
+    second = run_recipe(Recipe.from_dict(values(copy, tmp_path / "out")))
+    assert second["sae"] != first["sae"]
+    fresh = run_recipe(Recipe.from_dict(values(copy, tmp_path / "fresh")))
+    assert second == fresh
+
+
+def test_extraction_begun_with_another_backbone_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "task"
+    shutil.copytree(folder, copy)
+    run_recipe(Recipe.from_dict(values(copy, tmp_path / "out")))
+    manifest = tmp_path / "out" / "activations" / "train" / "manifest.json"
+    shard = json.loads(manifest.read_text()) | {"complete": False}
+    manifest.write_text(json.dumps(shard))
+    tiny_backbone(seed=5).save_pretrained(copy / "tiny")
+    second = run_recipe(Recipe.from_dict(values(copy, tmp_path / "out")))
+    assert second == run_recipe(Recipe.from_dict(values(copy, tmp_path / "fresh")))
+
+
+def test_checkpoints_of_finished_trainings_are_dropped(folder: Path, tmp_path: Path) -> None:
+    run_recipe(Recipe.from_dict(values(folder, tmp_path / "out")))
+    work = tmp_path / "out" / ".work"
+    assert {path.name for path in work.iterdir() if path.is_dir()} <= {
+        "sae-pretrained",
+        "heads",
+    }
+
+
+def test_recipe_hash_is_of_the_content_and_not_of_the_place(folder: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(folder, tmp_path / name)
+    recipes = []
+    for name in ("one", "two"):
+        changed = values(tmp_path / name, tmp_path / "out")
+        changed["backbone"]["model"] = "some/model"
+        recipes.append(Recipe.from_dict(changed))
+    assert recipes[0].sha256() == recipes[1].sha256()
+    with (tmp_path / "two" / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "he has a rash", "label": "a", "sex": "m"}) + "\n")
+    assert recipes[0].sha256() != recipes[1].sha256()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("classifier", {"class_weights": [1.0, 2.0, 3.0]}, "class_weights has 3 weights, the data has 2 labels: a, b"),
+        ("features", {"ids": [3, 999]}, "features.ids: feature 999 is not there, the SAE has 0 to 63"),
+        ("features", {"keywords": [" "]}, "features.keywords: no keywords given"),
+        ("features", {"attribute": "label"}, "features.attribute: no label of the training set has texts of two"),
+        ("data", {"group": "age"}, "data.group: row 0 of 'train': groups must hold names or whole numbers, .* 30.5"),
+        (
+            "features",
+            {"judge": {"local": "/x/y"}, "explainer": {"local": "/x/y"}, "rubric": "a rubric"},
+            "features.explainer.local: can't load the chat model '/x/y'",
+        ),
+        (
+            "features",
+            {
+                "judge": {"endpoint": "http://x/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"},
+                "explainer": {"endpoint": "http://x/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"},
+                "rubric": "a rubric",
+            },
+            "features.explainer.api_key_env: the environment variable NO_SUCH_KEY is not set",
+        ),
+        (
+            "features",
+            {"judge": {"local": "/x/y"}, "explainer": {"local": "/x/y"}, "rubric": "no/such.md"},
+            "features.rubric: the rubric no/such.md is not there",
+        ),
+    ],
+)
+def test_bad_input_is_told_before_any_long_work(
+    folder: Path, tmp_path: Path, part: str, change: dict[str, Any], message: str
+) -> None:
+    for name in ("train", "test", "shifted"):
+        rows = [json.loads(line) | {"age": 30.5} for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = values(folder, tmp_path / "out")
+    recipe["data"] |= {
+        "train": {"path": str(tmp_path / "train.jsonl")},
+        "eval": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("test", "shifted")},
+    }
+    recipe[part] = change if part == "features" else {**recipe[part], **change}
+    with pytest.raises(RecipeError, match=message):
+        run_recipe(Recipe.from_dict(recipe))
+    assert not (tmp_path / "out").exists()

@@ -100,9 +100,11 @@ def demo(
 
 def _run(recipe: Any) -> None:
     from selfreg.run import run_recipe
+    from selfreg.utils.progress import show_only_own_bars
 
     started = time.perf_counter()
     _setup_logging()
+    show_only_own_bars()
 
     def tell(line: str) -> None:
         seconds = int(time.perf_counter() - started)

@@ -74,8 +74,8 @@ def load_task(data: DataRecipe, attribute: str | None) -> TaskData:
             eval set has a label that training never saw.
     """
     rows = {"train": load_rows(data.train), **{name: load_rows(split) for name, split in data.eval.items()}}
-    if "train" in data.eval:
-        raise RecipeError("data.eval: 'train' is the name of the training set; choose another")
+    for taken in {"train", "sae_text"} & set(data.eval):
+        raise RecipeError(f"data.eval: {taken!r} is the name of another set of texts; choose another")
     for name, part in rows.items():
         wanted = [data.text, data.label, *([data.group] if data.group else [])]
         _check(part, name, [*wanted, *([attribute] if attribute and name == "train" else [])], data)

@@ -54,7 +54,7 @@ class Heads:
             num_train_epochs=part.epochs,
             learning_rate=part.learning_rate,
             per_device_train_batch_size=part.batch_size,
-            class_weights=part.class_weights,
+            class_weights=part.class_weights,  # type: ignore[arg-type]
             seed=recipe.seed,
             save_strategy="no",
             logging_steps=20,

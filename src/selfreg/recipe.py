@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from selfreg.utils.files import fingerprint_json
+from selfreg.utils.files import fingerprint_file, fingerprint_json
 
 BASELINES = ("plain", "l2", "leace")
 
@@ -224,8 +224,20 @@ class Recipe(_Part):
         return self.model_dump(mode="json")
 
     def sha256(self) -> str:
-        """Of all that decides the result: everything but where it is written."""
-        return fingerprint_json({key: value for key, value in self.to_dict().items() if key != "output"})
+        """Of all that decides the result: everything but where it is written, local files by what is in them."""
+        values = {key: value for key, value in self.to_dict().items() if key != "output"}
+        return fingerprint_json(_with_content(values))
+
+
+def _with_content(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_content(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_content(inner) for inner in value]
+    # Paths were made absolute when the recipe was read; another string is no path.
+    return (
+        fingerprint_file(value) if isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value) else value
+    )
 
 
 def _set(values: dict[str, Any], override: str) -> None:

@@ -1,6 +1,7 @@
 """Runs a recipe: every stage of the method, each only if it was not done for the same inputs before."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -8,26 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from selfreg import __version__
+from selfreg.activations.backbone import resolve_model, source_fingerprint
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.store import ActivationStore
+from selfreg.checks import check_recipe, check_sae_source
 from selfreg.data import TaskData, load_task
 from selfreg.evaluation.report import ReportData, ReportFeature, write_report
 from selfreg.features.catalog import FeatureCatalog, sae_fingerprint
 from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
+from selfreg.features.judge import load_rubric
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.heads import Heads
-from selfreg.recipe import ChatRecipe, Recipe, RecipeError
-from selfreg.sae.configuration import SAEConfig
+from selfreg.recipe import ChatRecipe, Recipe
 from selfreg.sae.modeling import SAEForFeatureExtraction
-from selfreg.sae.statistics import evaluate_sae
-from selfreg.sae.trainer import SAETrainer
-from selfreg.sae.training_args import SAETrainingArguments
-from selfreg.stages import Stages
-from selfreg.utils.files import atomic_folder, remove_partial, write_json
-from selfreg.utils.trainer import StepProgress, last_whole_checkpoint
+from selfreg.sae_stages import SAEStages
+from selfreg.stages import Stages, again
+from selfreg.utils.devices import default_device
+from selfreg.utils.files import atomic_folder, read_json, remove_partial, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -56,20 +56,32 @@ class _Run:
         self.output = Path(recipe.output)
         self.stages = Stages(self.output / ".stages")
         self.data: TaskData = load_task(recipe.data, recipe.features.attribute)
-        # What every stage depends on: another version may compute something else from the same recipe.
-        self.states = {"selfreg": __version__, "backbone": recipe.backbone.model_dump(mode="json")}
+        check_recipe(recipe, self.data)
+        backbone = recipe.backbone
+        source = resolve_model(backbone.model, revision=backbone.revision, gguf_file=backbone.gguf_file)
+        # What every stage depends on: another version may compute something else from the same recipe, and another
+        # model may lie under the same path.
+        self.states = {
+            "selfreg": __version__,
+            "backbone": backbone.model_dump(mode="json"),
+            "files": source_fingerprint(source),
+        }
         # Hidden states are the same for every seed, what is trained is not.
         self.base = {**self.states, "seed": recipe.seed}
 
     def run(self) -> dict[str, Any]:
         self.output.mkdir(parents=True, exist_ok=True)
-        remove_partial(self.output)
+        for folder in (self.output, self.output / ".stages", self.output / ".work"):
+            remove_partial(folder)
         sizes = ", ".join(f"{part.name} {len(part)}" for part in (self.data.train, *self.data.eval.values()))
         self.tell(f"texts: {sizes}; labels: {', '.join(self.data.labels)}")
-        self._check_sae_early()
+        if self.recipe.sae.from_pretrained is not None:
+            check_sae_source(self.recipe.sae.from_pretrained, self.extractor.spec)
         self.tell("hidden states")
         stores = self._stores()
-        sae, sae_result = self._sae(stores)
+        held_out = stores[next(iter(self.data.eval))]
+        sae, sae_result = SAEStages(self.recipe, self.stages, self.base, self.tell).run(stores, held_out)
+        sae.to(default_device())  # type: ignore[arg-type]
         catalog = self._catalog(sae, stores["train"])
         unintended = self._unintended(sae, catalog, stores["train"])
         methods = self._methods(unintended, stores)
@@ -95,24 +107,6 @@ class _Run:
         self.tell(f"loading the backbone {self.recipe.backbone.model}")
         return HiddenStateExtractor.from_pretrained(**self.recipe.backbone.model_dump())
 
-    def _check_sae_early(self) -> None:
-        """An SAE that can't fit the backbone is told before an hour of extraction."""
-        source = self.recipe.sae.from_pretrained
-        if source is None:
-            return
-        config = SAEConfig.from_pretrained(source)
-        spec = config.hidden_state_spec()
-        if config.hidden_size != self.extractor.hidden_size:
-            raise RecipeError(
-                f"sae.from_pretrained: the SAE {source} takes states of width {config.hidden_size}, the backbone "
-                f"gives {self.extractor.hidden_size}"
-            )
-        if spec is not None:
-            try:
-                spec.check_features_fit(self.extractor.spec, f"the SAE {source}", "the backbone of the recipe")
-            except ValueError as error:
-                raise RecipeError(f"sae.from_pretrained: {error}") from error
-
     def _stores(self) -> dict[str, ActivationStore]:
         texts = {part.name: part.texts for part in (self.data.train, *self.data.eval.values())}
         general = self._general_text()
@@ -125,7 +119,7 @@ class _Run:
             _, there = self.stages.run(
                 f"activations-{name}",
                 inputs,
-                partial(self._extract, name, part, folder),
+                partial(self._extract, name, part, folder, self.stages.key_of(inputs)),
                 outputs=(folder / "manifest.json",),
             )
             stores[name] = ActivationStore(folder)
@@ -133,14 +127,14 @@ class _Run:
                 logger.info("%s: %s tokens", name, f"{stores[name].num_tokens:,}")
         return stores
 
-    def _extract(self, name: str, texts: list[str], folder: Path) -> dict[str, int]:
-        try:
-            store = self.extractor.extract(texts, folder, description=f"hidden states of {name}")
-        except ValueError as error:
-            # The recipe changed since the folder was written: what lies there is of no use to this run.
-            if "already holds a store" not in str(error):
-                raise
-            store = self.extractor.extract(texts, folder, description=f"hidden states of {name}", overwrite=True)
+    def _extract(self, name: str, texts: list[str], folder: Path, key: str) -> dict[str, int]:
+        # A store that was begun from other inputs is of no use to this run, and must not be gone on with.
+        mark = self.output / ".work" / f"activations-{name}.json"
+        begun = mark.exists() and read_json(mark) == key
+        if not begun:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(mark, key)
+        store = self.extractor.extract(texts, folder, description=f"hidden states of {name}")
         return {"tokens": store.num_tokens}
 
     def _general_text(self) -> list[str] | None:
@@ -159,104 +153,6 @@ class _Run:
             if total >= 4 * limit:
                 break
         return texts[:count]
-
-    def _sae(self, stores: dict[str, ActivationStore]) -> tuple[SAEForFeatureExtraction, dict[str, Any]]:
-        recipe = self.recipe.sae
-        held_out = stores[next(iter(self.data.eval))]
-        general = stores.get("sae_text", stores["train"])
-        pretrained = self.output / ".work" / "sae-pretrained"
-        inputs: list[Any] = [
-            self.base,
-            "pretrain",
-            recipe.model_dump(mode="json", exclude={"finetune"}),
-            general.text_fingerprint,
-            held_out.text_fingerprint,
-        ]
-        if recipe.from_pretrained is not None:
-            # What lies at a path may change.
-            inputs.append(sae_fingerprint(SAEForFeatureExtraction.from_pretrained(recipe.from_pretrained)))
-        # Unfinished training is found again by all that it depends on.
-        key = self.stages.key_of(inputs)
-        before, there = self.stages.run(
-            "sae-pretrain",
-            inputs,
-            lambda: self._pretrain(general, held_out, pretrained, key),
-            outputs=(pretrained,),
-        )
-        self.tell(_sae_line("SAE pre-trained" if recipe.from_pretrained is None else "SAE loaded", before, there))
-        final = self.output / "sae"
-        inputs = [inputs, "finetune", recipe.model_dump(mode="json")["finetune"], stores["train"].text_fingerprint]
-        key = self.stages.key_of(inputs)
-        after, there = self.stages.run(
-            "sae", inputs, lambda: self._finetune(stores["train"], held_out, pretrained, final, key), outputs=(final,)
-        )
-        if recipe.finetune is not None:
-            self.tell(_sae_line("SAE fine-tuned on the task", after, there))
-        figures = {name: after["figures"][name] for name in ("fvu", "l0", "dead_fraction")}
-        result = {
-            "figures": {**figures, "before_finetuning": before["figures"], "after_finetuning": after["figures"]},
-            "curves": {"SAE pre-training": before["history"], "SAE fine-tuning": after["history"]},
-        }
-        return SAEForFeatureExtraction.from_pretrained(final), result
-
-    def _pretrain(self, store: ActivationStore, held_out: ActivationStore, folder: Path, key: str) -> dict[str, Any]:
-        recipe = self.recipe.sae
-        history: list[dict[str, float]] = []
-        set_seed(self.recipe.seed)
-        if recipe.from_pretrained is not None:
-            sae = SAEForFeatureExtraction.from_pretrained(recipe.from_pretrained)
-        else:
-            self.tell(f"SAE: {recipe.num_features} features, k = {recipe.k}, on {store.num_tokens:,} tokens")
-            config = SAEConfig(hidden_size=store.hidden_size, num_features=recipe.num_features, k=recipe.k)
-            sae = SAEForFeatureExtraction(config)
-            part = recipe.pretrain
-            history = self._train_sae(sae, store, "pretrain", part.epochs, part.learning_rate, part.batch_size, key)
-        with atomic_folder(folder) as temporary:
-            sae.save_pretrained(temporary)
-        return {"figures": evaluate_sae(sae, held_out).to_dict(), "history": history}
-
-    def _finetune(
-        self, store: ActivationStore, held_out: ActivationStore, source: Path, folder: Path, key: str
-    ) -> dict[str, Any]:
-        part = self.recipe.sae.finetune
-        sae = SAEForFeatureExtraction.from_pretrained(source)
-        history: list[dict[str, float]] = []
-        if part is not None:
-            set_seed(self.recipe.seed)
-            history = self._train_sae(sae, store, "finetune", part.epochs, part.learning_rate, part.batch_size, key)
-        with atomic_folder(folder) as temporary:
-            sae.save_pretrained(temporary)
-        return {"figures": evaluate_sae(sae, held_out).to_dict(), "history": history}
-
-    def _train_sae(
-        self,
-        sae: SAEForFeatureExtraction,
-        store: ActivationStore,
-        objective: str,
-        epochs: float,
-        learning_rate: float,
-        batch_size: int,
-        key: str,
-    ) -> list[dict[str, float]]:
-        work = self.output / ".work" / f"{objective}-{key}"
-        args = SAETrainingArguments(
-            str(work),
-            objective=objective,
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
-            seed=self.recipe.seed,
-            save_strategy="steps",
-            save_steps=200,
-            save_total_limit=2,
-            logging_steps=20,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        label = "SAE pre-training" if objective == "pretrain" else "SAE fine-tuning"
-        trainer = SAETrainer(sae, args, train_dataset=store, callbacks=[StepProgress(label)])
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
-        return trainer.state.log_history
 
     def _catalog(self, sae: SAEForFeatureExtraction, store: ActivationStore) -> FeatureCatalog:
         folder = self.output / "catalog"
@@ -285,8 +181,6 @@ class _Run:
     def _rubric(self) -> str | None:
         if self.recipe.features.rubric is None:
             return None
-        from selfreg.features.judge import load_rubric
-
         return load_rubric(self.recipe.features.rubric)
 
     def _unintended(
@@ -317,7 +211,7 @@ class _Run:
         inputs = [self.base, catalog.info, recipe.model_dump(mode="json"), self._rubric(), train.fingerprint()]
         _, there = self.stages.run("unintended", inputs, work, outputs=(folder,))
         chosen = UnintendedFeatures.from_pretrained(folder)
-        self.tell(f"unintended features: {len(chosen)} of {len(catalog)}, chosen by {recipe.method}{_again(there)}")
+        self.tell(f"unintended features: {len(chosen)} of {len(catalog)}, chosen by {recipe.method}{again(there)}")
         return chosen
 
     def _methods(self, unintended: UnintendedFeatures, stores: dict[str, ActivationStore]) -> dict[str, Any]:
@@ -326,8 +220,7 @@ class _Run:
         inputs = [
             self.base,
             recipe.classifier.model_dump(mode="json"),
-            unintended.feature_ids,
-            float(unintended.decoder_directions.double().pow(2).sum()),
+            unintended.fingerprint(),
             self.data.train.fingerprint(),
             {name: part.fingerprint() for name, part in self.data.eval.items()},
         ]
@@ -341,7 +234,7 @@ class _Run:
             first = next(iter(self.data.eval))
             accuracy = results[name]["figures"][first]["accuracy"]
             shown = "does not apply" if accuracy is None else f"accuracy on {first} {accuracy:.3f}"
-            self.tell(f"classifier {name}: {shown}{_again(there)}")
+            self.tell(f"classifier {name}: {shown}{again(there)}")
         return results
 
     def _report(
@@ -392,15 +285,3 @@ def _chat(recipe: ChatRecipe) -> ChatModel:
 
 def _chat_name(recipe: ChatRecipe) -> str:
     return recipe.local or f"{recipe.model} at {recipe.endpoint}"
-
-
-def _again(there: bool) -> str:
-    return " (done before)" if there else ""
-
-
-def _sae_line(what: str, result: dict[str, Any], there: bool) -> str:
-    figures = result["figures"]
-    return (
-        f"{what}: FVU {figures['fvu']:.4f}, L0 {figures['l0']:.1f}, dead features {figures['dead_fraction']:.2%}"
-        f" on held-out texts{_again(there)}"
-    )

@@ -51,3 +51,8 @@ class Stages:
         write_json(path, {"stage": name, "key": key, "result": result})
         # What a later run will read, so that both see the same numbers.
         return read_json(path)["result"], False
+
+
+def again(was_there: bool) -> str:
+    """For the line that tells of a stage."""
+    return " (done before)" if was_there else ""

@@ -1,4 +1,6 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +174,7 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(ValueError, match="num_labels or id2label"):
         RegularizedSequenceClassifier.from_backbone(extractor, sae, unintended)
     model = RegularizedSequenceClassifier.from_backbone(extractor, sae, unintended, num_labels=2)
-    with pytest.raises(ValueError, match="holds other states"):
+    with pytest.raises(ValueError, match="layer is 2 in the store .* and 1 in the classifier"):
         model.pooled_states(other_layer.extract(texts, tmp_path / "s"), [0] * len(texts))
 
 
@@ -182,3 +184,46 @@ def test_frozen_backbone_stays_in_evaluation_mode() -> None:
     model = RegularizedSequenceClassifier.from_backbone(extractor, None, None, num_labels=2).train()
     assert model.training
     assert not backbone.training
+
+
+def test_empty_text_is_refused(loaded: HiddenStateExtractor, tmp_path: Path) -> None:
+    model = make_classifier(loaded)
+    model.save_pretrained(tmp_path / "m")
+    classify = pipeline("text-classification", str(tmp_path / "m"))
+    assert classify("a fever")
+    with pytest.raises(ValueError, match="text 0 of the batch is empty"):
+        classify("")
+
+
+def test_upload_holds_tokenizer_and_backbone(
+    loaded: HiddenStateExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            sent["token"] = token
+
+        def create_repo(self, repo_id: str, **_kwargs: Any) -> Any:
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
+            names = {str(path.relative_to(folder_path)) for path in folder_path.rglob("*")}
+            sent.update(repo_id=repo_id, names=names, **kwargs)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    make_classifier(loaded).save_pretrained(
+        tmp_path / "m", save_backbone=True, push_to_hub=True, token="t", commit_message="first"
+    )
+    assert (sent["repo_id"], sent["token"], sent["commit_message"]) == ("me/m", "t", "first")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "backbone/model.safetensors"} <= sent["names"]
+
+
+def test_options_of_the_backbone_reach_it(loaded: HiddenStateExtractor, tmp_path: Path) -> None:
+    make_classifier(loaded).save_pretrained(tmp_path / "m", save_backbone=True)
+    model = RegularizedSequenceClassifier.from_pretrained(
+        tmp_path / "m", attn_implementation="eager", dtype=torch.bfloat16
+    )
+    assert model.backbone is not None
+    assert model.backbone.config._attn_implementation == "eager"
+    assert (model.backbone.dtype, model.score.weight.dtype) == (torch.bfloat16, torch.float32)

@@ -4,13 +4,20 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
 
-from conftest import word_tokenizer
+from conftest import tiny_backbone, word_tokenizer
 from helpers import make_classifier, make_sae
-from selfreg import HiddenStateExtractor, RegularizedTrainer, RegularizedTrainingArguments, UnintendedFeatures
-from selfreg.classifier.baselines import fit_baseline, fit_head, leace_eraser
-from selfreg.classifier.penalty import dependence_term, similarity_penalty
+from selfreg import (
+    HiddenStateExtractor,
+    RegularizedSequenceClassifier,
+    RegularizedSequenceClassifierConfig,
+    RegularizedTrainer,
+    RegularizedTrainingArguments,
+    UnintendedFeatures,
+)
+from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head, leace_eraser
+from selfreg.classifier.penalty import dependence_directions, dependence_term, similarity_penalty
 from selfreg.classifier.states import PooledStates
 
 
@@ -101,13 +108,12 @@ def test_both_terms_shrink_what_they_are_about(
         trainer.train()
         rows = model.encoder_directions if similarity == "encoder" else model.decoder_directions
         # Measured with the directions of a run that has them, whichever terms were on.
-        reference = RegularizedTrainer(
-            model=model, args=make_args(tmp_path, remove_unintended=False), train_dataset=make_rows(texts)
-        )
+        states = model.pooled_states(texts, [row["label"] for row in make_rows(texts)])
+        reference = dependence_directions(model.standardize(states.pooled), states.activations, states.labels)
         weight = model.score.weight.detach()
         return (
             float(similarity_penalty(weight, rows, similarity)),  # type: ignore[arg-type]
-            float(dependence_term(weight, reference.regularizer.dependence_directions)),
+            float(dependence_term(weight, reference)),
         )
 
     plain, penalised, independent = train(0, 0), train(3.0, 0), train(0, 100.0)
@@ -198,13 +204,13 @@ def test_stock_model_with_the_penalty(tmp_path: Path, texts: list[str]) -> None:
     extractor = HiddenStateExtractor(model.model, word_tokenizer(), layer="final", name="t")
     unintended = UnintendedFeatures.from_ids(make_sae(extractor), [1, 2])
     rows = [{**word_tokenizer()(row["text"]), "labels": row["label"]} for row in make_rows(texts)]
-    args = make_args(tmp_path, dependence_weight=0.0, remove_unintended=False)
+    args = make_args(tmp_path, dependence_weight=0.0)
     trainer = RegularizedTrainer(
         model=model, args=args, train_dataset=rows, unintended=unintended, processing_class=word_tokenizer()
     )
     trainer.train()
     assert "similarity" in next(entry for entry in trainer.state.log_history if "loss" in entry)
-    with pytest.raises(ValueError, match="set dependence_weight=0 and remove_unintended=False"):
+    with pytest.raises(ValueError, match="set dependence_weight=0 and leave remove_unintended out"):
         RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=rows, unintended=unintended)
     with pytest.raises(ValueError, match="can't find the linear head of LlamaModel"):
         RegularizedTrainer(model=model.model, args=args, train_dataset=rows, unintended=unintended)
@@ -295,3 +301,118 @@ def test_after_leace_no_linear_probe_tells_the_group() -> None:
     target = [float(groups[i] == "f") for i in known]
     assert LinearRegression().fit(states.pooled[known], target).score(states.pooled[known], target) > 0.5
     assert LinearRegression().fit(erased[known], target).score(erased[known], target) < 1e-3
+
+
+def test_tokenised_rows_give_the_weights_of_their_texts(
+    frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    rows = make_rows(texts)
+    longest = max(len(word_tokenizer()(text)["input_ids"]) for text in texts)
+    padded = word_tokenizer()(texts, padding="max_length", max_length=longest)
+    tokenised = Dataset.from_dict(
+        {
+            "input_ids": padded["input_ids"],
+            "attention_mask": padded["attention_mask"],
+            "labels": rows["label"],
+        }
+    )
+    weights = []
+    for dataset, cached in ((rows, True), (tokenised, True), (tokenised, False)):
+        model = make_classifier(frozen)
+        torch.nn.init.zeros_(model.score.weight)
+        args = make_args(tmp_path, cache_states=cached)
+        RegularizedTrainer(model=model, args=args, train_dataset=dataset).train()
+        weights.append(model.score.weight.detach().clone())
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-4)
+
+
+def test_tokenizer_without_a_pad_token(texts: list[str], tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = None
+    extractor = HiddenStateExtractor(tiny_backbone("gpt2"), tokenizer, layer=1, max_length=32, name="t")
+    model = RegularizedSequenceClassifier.from_backbone(extractor, None, None, num_labels=3)
+    args = make_args(tmp_path, cache_states=False, num_train_epochs=1)
+    RegularizedTrainer(model=model, args=args, train_dataset=make_rows(texts)).train()
+
+
+def test_backbone_that_would_be_lost_is_not_trained(extractor: HiddenStateExtractor, tmp_path: Path) -> None:
+    assert not extractor.backbone.requires_grad_(True).training
+    model = make_classifier(extractor)
+    # The head is what is trained; a backbone that is named in the config must stay the one of that name.
+    assert model.backbone_is_frozen
+    extractor.backbone.requires_grad_(True)
+    with pytest.raises(ValueError, match="the backbone has trainable parameters; selfreg trains the head"):
+        RegularizedTrainer(model=model, args=make_args(tmp_path))
+    with pytest.raises(ValueError, match="only its name would be saved: save_backbone=True"):
+        model.save_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m", save_backbone=True)
+
+
+def test_removal_is_as_the_model_was_made(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    model = make_classifier(frozen, remove_unintended=False)
+    RegularizedTrainer(model=model, args=make_args(tmp_path), eval_dataset=make_rows(texts))
+    assert model.config.remove_unintended is False
+    with_features = model.pooled_states(texts, [0] * len(texts))
+    assert with_features.removed is False
+    with pytest.raises(ValueError, match="train_dataset holds states without the unintended features removed, but"):
+        RegularizedTrainer(
+            model=model, args=make_args(tmp_path, remove_unintended=True), train_dataset=make_states(with_features)
+        )
+    assert model.config.remove_unintended is True
+
+
+def make_states(states: PooledStates) -> PooledStates:
+    return PooledStates(states.pooled, states.activations, torch.arange(len(states)) % 3, removed=states.removed)
+
+
+def test_evaluation_alone_leaves_the_head_as_it_is(
+    frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    model = make_classifier(frozen)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = make_rows(texts)
+    RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=rows, eval_dataset=rows).evaluate()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_terms_that_are_not_measured_are_not_logged(
+    frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    plain = RegularizedSequenceClassifier.from_backbone(frozen, None, None, num_labels=3)
+    args = make_args(tmp_path, penalty_weight=0.0, dependence_weight=0.0)
+    trainer = RegularizedTrainer(model=plain, args=args, train_dataset=make_rows(texts))
+    trainer.train()
+    assert not {"similarity", "dependence"} & {name for entry in trainer.state.log_history for name in entry}
+
+
+def test_diverged_training_stops_with_a_word(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    model = make_classifier(frozen)
+    args = make_args(tmp_path, learning_rate=1e38)
+    trainer = RegularizedTrainer(model=model, args=args, train_dataset=make_rows(texts))
+    with pytest.raises(ValueError, match="training diverged before step .*; lower learning_rate=1e"):
+        trainer.train()
+
+
+def test_arguments_from_a_command_line() -> None:
+    parser = HfArgumentParser(RegularizedTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", "x", "--class_weights", "1.0,2.5"])
+    assert args.label_weights() == [1.0, 2.5]
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", "x", "--class_weights", "balanced"])
+    assert args.label_weights() is None
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", "x", "--remove_unintended", "false"])
+    assert args.remove_unintended is False
+    with pytest.raises(ValueError, match="class_weights='1,x' is not known"):
+        RegularizedTrainingArguments("x", class_weights="1,x")
+
+
+def test_head_on_another_device_than_the_states() -> None:
+    states = PooledStates(torch.randn(6, 16), torch.zeros(6, 0), torch.arange(6) % 2, removed=False)
+    config = RegularizedSequenceClassifierConfig(hidden_size=16, id2label={0: "a", 1: "b"}, unintended_feature_ids=[])
+    model = RegularizedSequenceClassifier(config).to("meta")
+    head = FittedHead("plain", model, lambda pooled: pooled, [])
+    # No accelerator is at hand: the states went to `meta` and through the head, whence alone there is no way back.
+    for what in (head.logits, head.states):
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            what(states)

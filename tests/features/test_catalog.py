@@ -1,3 +1,5 @@
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -7,6 +9,7 @@ import torch
 from conftest import tiny_backbone, word_tokenizer
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction
 from selfreg.features.activations import largest_activations, text_maxima
+from selfreg.features.chat import Choice, Conversation
 
 
 @pytest.fixture
@@ -172,3 +175,61 @@ def test_text_maxima_by_hand() -> None:
         (5, 1, 5.0, 2),
         (5, 2, 0.5, 2),
     ]
+
+
+def test_saving_leaves_other_files_alone_and_a_mixture_is_found_out(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("a note")
+    FeatureCatalog.build(sae, extractor, texts).save_pretrained(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "a note"
+    FeatureCatalog.build(sae, extractor, texts[:30]).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "features.parquet", tmp_path)
+    with pytest.raises(ValueError, match="are of two catalogues: saving was cut short"):
+        FeatureCatalog.from_pretrained(tmp_path)
+
+
+def test_store_of_another_layer_is_refused(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    other = HiddenStateExtractor(tiny_backbone(), word_tokenizer(), layer=2, max_length=32, name="tiny")
+    store = other.extract(texts, tmp_path / "s")
+    with pytest.raises(ValueError, match="layer is 2 in the store .* and 1 in the extractor"):
+        FeatureCatalog.build(sae, extractor, texts, store=store)
+
+
+class FailingChat:
+    """Answers 30 conversations, then its server is gone."""
+
+    name = "failing"
+
+    def __init__(self) -> None:
+        self.left = 30
+
+    def complete(self, conversations: Sequence[Conversation], *, max_new_tokens: int = 64) -> list[str]:
+        self.left -= len(conversations)
+        if self.left < 0:
+            raise ConnectionError("gone")
+        return ["a word"] * len(conversations)
+
+    def choose(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[Choice]:
+        return [Choice("Yes", {option: float(option == "Yes") for option in options}) for _ in conversations]
+
+
+def test_answers_before_a_failure_are_kept_without_a_journal(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str]
+) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, texts)
+    with pytest.raises(ValueError, match="no feature has an explanation that describes its spans: call explain"):
+        catalog.judge(FailingChat(), "a rubric")
+    with pytest.raises(ConnectionError):
+        catalog.explain(FailingChat())
+    assert sum(record.explained for record in catalog) == 16
+
+
+def test_unknown_features_are_named(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str]
+) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, texts)
+    with pytest.raises(ValueError, match=r"features \[999\] are not there: the catalogue has 0 to 39"):
+        catalog.explain(FailingChat(), features=[3, 999])

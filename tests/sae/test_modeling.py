@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers import AutoConfig, AutoModel
@@ -158,3 +159,32 @@ def test_states_of_another_width_are_refused(sae: SAEForFeatureExtraction) -> No
         sae.encode(torch.randn(2, 9))
     with pytest.raises(ValueError, match="can't normalise"):
         sae.set_normalization(torch.zeros(8), torch.tensor(0.0))
+
+
+def without(folder: Path, *names: str) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k not in names}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_missing_counters_change_no_weight(sae: SAEForFeatureExtraction, tmp_path: Path) -> None:
+    sae.save_pretrained(tmp_path)
+    again = SAEForFeatureExtraction.from_pretrained(without(tmp_path, "dead_on_task", "tokens_since_fired"))
+    for name, tensor in sae.state_dict().items():
+        if name not in ("dead_on_task", "tokens_since_fired"):
+            assert torch.equal(again.state_dict()[name], tensor), name
+    assert not again.dead_on_task.any()
+    assert not again.tokens_since_fired.any()
+
+
+@pytest.mark.parametrize("name", ["mean", "scale", "W_dec", "b_enc"])
+def test_missing_weight_is_an_error(sae: SAEForFeatureExtraction, name: str, tmp_path: Path) -> None:
+    sae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"lacks {name}: it is not a whole sparse autoencoder"):
+        SAEForFeatureExtraction.from_pretrained(without(tmp_path, name))
+
+
+def test_weights_are_loaded_as_float32(sae: SAEForFeatureExtraction, tmp_path: Path) -> None:
+    sae.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert SAEForFeatureExtraction.from_pretrained(tmp_path).dtype == torch.float32
+    assert SAEForFeatureExtraction.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16

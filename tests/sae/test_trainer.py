@@ -1,4 +1,7 @@
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from selfreg import (
     SAETrainer,
     SAETrainingArguments,
 )
+from selfreg.sae.data import sample_states
+from selfreg.sae.statistics import evaluate_sae
 from selfreg.utils.trainer import last_whole_checkpoint
 
 
@@ -286,3 +291,86 @@ def test_store_is_read_in_batches(extractor: HiddenStateExtractor, texts: list[s
     trainer.train()
     assert calls.count(50) >= 3
     assert 1 not in calls
+
+
+def test_more_pretraining_keeps_centring_and_scale(tmp_path: Path) -> None:
+    sae = make_sae()
+    SAETrainer(sae, make_args(tmp_path, num_train_epochs=4, learning_rate=5e-3), train_dataset=States()).train()
+    mean, scale = sae.mean.clone(), sae.scale.clone()
+    fvu = evaluate_sae(sae, States(seed=1)).fvu
+    other = States(dictionary=1)
+    other.states = 10 * other.states
+    args = make_args(tmp_path, max_steps=1, learning_rate=1e-12, k_anneal_ratio=0.0)
+    SAETrainer(sae, args, train_dataset=other).train()
+    assert torch.equal(sae.mean, mean)
+    assert torch.equal(sae.scale, scale)
+    assert evaluate_sae(sae, States(seed=1)).fvu == pytest.approx(fvu, rel=1e-3)
+
+
+def test_sample_is_within_the_largest_stores() -> None:
+    class Rows:
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            assert 0 <= index < self.count
+            return {"hidden_states": torch.tensor([float(index)], dtype=torch.float64)}
+
+    for count in (1, 2, 7, 20_000_000, 113_000_007):
+        rows = sample_states(Rows(count), 5).flatten().tolist()
+        assert (rows[0], rows[-1]) == (0, count - 1)
+        assert rows == sorted(rows)
+
+
+def test_diverged_training_stops_with_a_word(tmp_path: Path) -> None:
+    trainer = SAETrainer(make_sae(), make_args(tmp_path, learning_rate=1e38), train_dataset=States())
+    with pytest.raises(ValueError, match="training diverged before step .* lower learning_rate=1e"):
+        trainer.train()
+
+
+def test_figures_are_of_states_of_its_own_backbone(
+    extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    sae = make_sae()
+    sae.config.set_hidden_state_spec(extractor.spec)
+    other = HiddenStateExtractor(tiny_backbone(), word_tokenizer(), layer=2, max_length=32, name="tiny")
+    with pytest.raises(ValueError, match="layer is 1 in the SAE and 2 in the store"):
+        evaluate_sae(sae, other.extract(texts, tmp_path / "s"))
+
+
+_TWO_PROCESSES = """
+import sys
+import torch
+from test_trainer import States, make_args, make_sae
+from selfreg import SAETrainer
+
+for objective in ("pretrain", "finetune"):
+    sae = make_sae()
+    if objective == "finetune":
+        with torch.no_grad():
+            sae.b_enc[:20] = -50.0
+    args = make_args(sys.argv[1], objective=objective, max_steps=4, learning_rate=1e-2, use_cpu=True)
+    SAETrainer(sae, args, train_dataset=States()).train()
+    flat = torch.cat([p.detach().flatten() for p in sae.parameters()])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    torch.distributed.all_gather(both, flat)
+    assert torch.equal(*both), (both[0] - both[1]).abs().max()
+"""
+
+
+def test_two_processes_keep_the_same_weights(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(_TWO_PROCESSES)
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

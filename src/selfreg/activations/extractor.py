@@ -31,6 +31,7 @@ from selfreg.activations.prompt import (
 )
 from selfreg.activations.spec import HiddenStateSpec
 from selfreg.activations.store import ActivationStore, StoreShard, StoreWriter
+from selfreg.utils.devices import default_device
 from selfreg.utils.files import fingerprint_strings
 from selfreg.utils.progress import Advance, progress
 
@@ -117,11 +118,11 @@ class HiddenStateExtractor:
             layer, kwargs: as for the class.
             revision, gguf_file: see `resolve_model`.
             dtype: of the backbone. Hidden states are handed on as float32.
-            device: where to put it.
+            device: where to put it; None: the accelerator if there is one.
         """
         source = resolve_model(model, revision=revision, gguf_file=gguf_file)
         tokenizer = load_tokenizer(source)
-        backbone = load_backbone(source, layer=layer, dtype=dtype, device=device)
+        backbone = load_backbone(source, layer=layer, dtype=dtype, device=device or default_device())
         return cls(
             backbone,
             tokenizer,

@@ -49,6 +49,11 @@ class HiddenStateSpec:
         if self.revision is not None and other.revision is not None:
             self._check_same(other, "revision", mine, others)
 
+    def check_same(self, other: "HiddenStateSpec", mine: str, others: str) -> None:
+        """Raises ValueError where the states of `self` and `other` were not made in the very same way."""
+        for field in fields(self):
+            self._check_same(other, field.name, mine, others)
+
     def _check_same(self, other: "HiddenStateSpec", name: str, mine: str, others: str) -> None:
         a, b = getattr(self, name), getattr(other, name)
         if a != b:

@@ -43,18 +43,22 @@ class FittedHead:
 
     @torch.inference_mode()
     def states(self, states: PooledStates) -> Tensor:
-        """Raw pooled states -> what the head sees, `[N, hidden_size]`."""
-        return self.model.standardize(self.erase(states.pooled))
+        """Raw pooled states -> what the head sees, `[N, hidden_size]`, on the CPU."""
+        return self._standardized(states).cpu()
 
     @torch.inference_mode()
     def logits(self, states: PooledStates) -> Tensor:
-        """Raw pooled states -> logits `[N, num_labels]`."""
-        return self.model.score(self.states(states))
+        """Raw pooled states -> logits `[N, num_labels]`, on the CPU."""
+        return self.model.score(self._standardized(states)).cpu()
 
     @property
     def weight(self) -> Tensor:
-        """`[num_labels, hidden_size]`, over what `states` gives."""
-        return self.model.score.weight.detach()
+        """`[num_labels, hidden_size]`, over what `states` gives, on the CPU."""
+        return self.model.score.weight.detach().cpu()
+
+    def _standardized(self, states: PooledStates) -> Tensor:
+        # The Trainer leaves the head on the accelerator; cached states are on the CPU.
+        return self.model.standardize(self.erase(states.pooled).to(self.model.score.weight.device))
 
 
 def fit_head(

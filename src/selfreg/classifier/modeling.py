@@ -14,18 +14,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from selfreg.activations.backbone import hidden_states_at, load_backbone, resolve_model
 from selfreg.activations.extractor import HiddenStateExtractor
-from selfreg.activations.prompt import PromptBatch, pool_hidden_states, select_tokens, wrap_batch
-from selfreg.activations.store import ActivationStore, pool_shard
+from selfreg.activations.prompt import wrap_batch
+from selfreg.activations.store import ActivationStore
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
-from selfreg.classifier.penalty import feature_activations
+from selfreg.classifier.pooling import FeatureRows, pool_store, pool_texts, pool_tokens
 from selfreg.classifier.states import PooledStates
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.sae.modeling import SAEForFeatureExtraction
-from selfreg.utils.progress import progress
+from selfreg.utils.hub import UPLOAD_OPTIONS, upload_folder
 
 BACKBONE_FOLDER = "backbone"
 _BACKBONE_PREFIX = "backbone."
@@ -78,12 +79,12 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         if module is self.score:
             # A linear head on standardised states needs no symmetry broken: from zero, training has no seed to it but
             # the order of the batches, and weights that no gradient moves stay off every feature.
-            nn.init.zeros_(self.score.weight)
-            nn.init.zeros_(self.score.bias)
+            init.zeros_(self.score.weight)
+            init.zeros_(self.score.bias)
         elif module is self:
             for buffer in (self.encoder_directions, self.encoder_bias, self.decoder_directions, self.pooled_mean):
-                nn.init.zeros_(buffer)
-            nn.init.ones_(self.pooled_scale)
+                init.zeros_(buffer)
+            init.ones_(self.pooled_scale)
 
     @classmethod
     def from_backbone(
@@ -96,7 +97,8 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         id2label: dict[int, str] | None = None,
         remove_unintended: bool = True,
     ) -> "RegularizedSequenceClassifier":
-        """A classifier with an untrained head.
+        """A classifier with an untrained head. The backbone is frozen: it is named when the classifier is saved, so
+        that what training changed in it would be lost.
 
         Args:
             extractor: backbone, layer, pooling, template and token rule.
@@ -163,6 +165,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             problem_type="single_label_classification",
             selfreg_version=__version__,
         )
+        extractor.backbone.requires_grad_(False)
         model = cls(config, backbone=extractor.backbone, tokenizer=extractor.tokenizer)
         if unintended is not None:
             model.encoder_directions.copy_(unintended.encoder_directions)
@@ -265,87 +268,46 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         config = self.config
         backbone = self._require_backbone()
         batch = wrap_batch(config.layout(), input_ids, attention_mask, config.pad_id)
+        empty = (~batch.text_mask.any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"text {empty[0]} of the batch is empty: it has no token to take a state from")
         hidden = hidden_states_at(
             backbone,
             config.layer,  # type: ignore[arg-type]
             batch.input_ids,
             batch.attention_mask,
         ).float()
-        return self._pool_tokens(hidden, batch)
+        return pool_tokens(config, hidden, batch, self._rows())
 
-    def _pool_tokens(self, hidden: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        config = self.config
-        norm = config.reference_norm if config.reference_norm is not None else float("inf")
-        selected, keep = select_tokens(hidden, batch, config.token_rule, norm)  # type: ignore[arg-type]
-        activations = feature_activations(selected, self.encoder_directions, self.encoder_bias)
-        maxima = activations.masked_fill(~keep.unsqueeze(-1), 0.0).amax(dim=1)
-        if config.pooling == "cls":
-            pooled = hidden[:, 0]
-            first = feature_activations(pooled, self.encoder_directions, self.encoder_bias)
-        else:
-            pooled = pool_hidden_states(selected, keep, config.pooling)  # type: ignore[arg-type]
-            first = pool_hidden_states(activations, keep, config.pooling)  # type: ignore[arg-type]
-        # Both poolings are linear in the tokens, so that removing from the pooled state is removing token by token.
-        return self._remove(pooled, first), maxima
-
-    def _remove(self, pooled: Tensor, pooled_activations: Tensor) -> Tensor:
-        if not self.config.remove_unintended:
-            return pooled
-        return pooled - pooled_activations @ self.decoder_directions
-
-    def pooled_states(self, texts: Any, labels: Any) -> PooledStates:
+    def pooled_states(
+        self, texts: Any, labels: Any, *, activations_of: UnintendedFeatures | None = None
+    ) -> PooledStates:
         """Runs the backbone over texts once.
 
         Args:
             texts: strings, or an `ActivationStore` of the same backbone, layer and settings.
             labels (`[N]`): class ids.
+            activations_of: features whose activations to note; the classifier's own if None.
 
         Raises:
             ValueError: an empty text, or a store of other states.
         """
         labels = torch.as_tensor(labels, dtype=torch.long)
+        rows = self._rows()
+        if activations_of is not None:
+            rows = rows._replace(
+                watched_directions=activations_of.encoder_directions, watched_bias=activations_of.encoder_bias
+            ).to(self.score.weight.device)
         with torch.inference_mode():
-            stored = isinstance(texts, ActivationStore)
-            pooled, activations = self._pool_store(texts) if stored else self._pool_texts(list(texts))
+            if isinstance(texts, ActivationStore):
+                pooled, activations = pool_store(self.config, texts, rows)
+            else:
+                pooled, activations = pool_texts(self.config, self.extractor(), list(texts), rows)
         # Copies: tensors of inference mode could not be trained on.
-        return PooledStates(pooled.clone(), activations.clone(), labels)
+        return PooledStates(pooled.clone(), activations.clone(), labels, removed=self.config.remove_unintended)
 
-    def _pool_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        extractor = self.extractor()
-        pooled = torch.empty(len(texts), self.config.hidden_size)
-        activations = torch.empty(len(texts), self.config.num_unintended)
-        with progress("pooled states", len(texts), "texts") as advance:
-            for rows, batch, hidden in extractor.forward_batches(texts):
-                states, maxima = self._pool_tokens(hidden, batch)
-                pooled[rows], activations[rows] = states.cpu(), maxima.cpu()
-                advance(len(rows))
-        return pooled, activations
-
-    def _pool_store(self, store: ActivationStore) -> tuple[Tensor, Tensor]:
-        spec = self.config.hidden_state_spec()
-        if store.spec != spec:
-            raise ValueError(
-                f"the store {store.path} holds other states than this classifier reads: {store.spec} there, "
-                f"{spec} here"
-            )
-        pooling: Any = self.config.pooling
-        pooled = torch.empty(store.num_texts, self.config.hidden_size)
-        maxima = torch.zeros(store.num_texts, self.config.num_unintended)
-        rows = self.encoder_directions.cpu(), self.encoder_bias.cpu()
-        for shard in store.shards():
-            states = shard.hidden_states.float()
-            activations = feature_activations(states, *rows)
-            part = slice(shard.first_text, shard.end_text)
-            raw = pool_shard(shard, states, pooling)
-            pooled_activations = (
-                feature_activations(raw, *rows) if pooling == "cls" else pool_shard(shard, activations, pooling)
-            )
-            pooled[part] = raw
-            if self.config.remove_unintended:
-                pooled[part] -= pooled_activations @ self.decoder_directions.cpu()
-            index = (shard.text_ids.long() - shard.first_text).unsqueeze(1).expand_as(activations)
-            maxima[part] = maxima[part].scatter_reduce(0, index, activations, "amax")
-        return pooled, maxima
+    def _rows(self) -> FeatureRows:
+        return FeatureRows(self.encoder_directions, self.encoder_bias, self.decoder_directions)
 
     def extractor(self) -> HiddenStateExtractor:
         """The extractor that gives the states this classifier reads."""
@@ -382,15 +344,27 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             save_directory: the folder.
             save_backbone: write the backbone too, so that the folder needs nothing else.
             kwargs: as in transformers.
+
+        Raises:
+            ValueError: the backbone has parameters that are trained, and would not be saved.
         """
+        if not (self.backbone_is_frozen or save_backbone):
+            raise ValueError(
+                "the backbone has trainable parameters, and only its name would be saved: save_backbone=True saves "
+                "it too, model.backbone.requires_grad_(False) says that it is as it was"
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.backbone_saved = save_backbone
+        push, hub = kwargs.pop("push_to_hub", False), {k: kwargs.pop(k) for k in UPLOAD_OPTIONS if k in kwargs}
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         if save_backbone:
             self._require_backbone().save_pretrained(folder / BACKBONE_FOLDER)
         super().save_pretrained(folder, **kwargs)
+        if push:
+            # transformers uploads what its own save_pretrained wrote, which is neither tokenizer nor backbone.
+            upload_folder(folder, **hub)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -407,12 +381,14 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             pretrained_model_name_or_path: a folder or a Hub id.
             backbone: the backbone, if it is in memory already.
             load_backbone_weights: False for the head alone, which takes cached states.
-            kwargs: as in transformers; `dtype` is that of the backbone, the head stays float32.
+            kwargs: as in transformers; `dtype`, `device_map` and `attn_implementation` are the backbone's. The head
+                stays float32 and goes where the backbone is.
 
         Raises:
             ValueError: the folder lacks weights of the head.
         """
         dtype = kwargs.pop("dtype", None)
+        of_backbone = {k: kwargs.pop(k) for k in ("attn_implementation", "device_map") if k in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, dtype=torch.float32, output_loading_info=True, **kwargs
@@ -426,8 +402,9 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
         if load_backbone_weights:
             if backbone is None:
-                backbone = model._load_backbone(pretrained_model_name_or_path, dtype, hub)
+                backbone = model._load_backbone(pretrained_model_name_or_path, dtype, hub, of_backbone)
             model.set_backbone(backbone)
+            _move_head(model, backbone.device)
         try:
             model.tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
         except (OSError, ValueError):
@@ -436,14 +413,16 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         model.eval()
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
-    def _load_backbone(self, path: str | os.PathLike[str], dtype: Any, hub: dict[str, Any]) -> PreTrainedModel:
+    def _load_backbone(
+        self, path: str | os.PathLike[str], dtype: Any, hub: dict[str, Any], options: dict[str, Any]
+    ) -> PreTrainedModel:
         config = self.config
         if dtype is None or dtype == "auto":
             dtype = config.backbone_dtype
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         if config.backbone_saved:
-            backbone = AutoModel.from_pretrained(path, subfolder=BACKBONE_FOLDER, dtype=dtype, **hub)
+            backbone = AutoModel.from_pretrained(path, subfolder=BACKBONE_FOLDER, dtype=dtype, **hub, **options)
             backbone.requires_grad_(False)
             return backbone.eval()
         if config.base_model_name_or_path is None:
@@ -453,4 +432,11 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             revision=config.base_model_revision,
             gguf_file=config.base_model_gguf_file,
         )
-        return load_backbone(source, layer=config.layer, dtype=dtype)  # type: ignore[arg-type]
+        return load_backbone(source, layer=config.layer, dtype=dtype, **options)  # type: ignore[arg-type]
+
+
+def _move_head(model: RegularizedSequenceClassifier, device: torch.device) -> None:
+    """All but the backbone, which may be spread over several devices."""
+    model.score.to(device)
+    for name, buffer in model.named_buffers(recurse=False):
+        model.register_buffer(name, buffer.to(device))

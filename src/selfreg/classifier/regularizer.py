@@ -94,7 +94,7 @@ class RegularizationMixin(PartsTrainer):
         elif args.dependence_weight or args.remove_unintended:
             raise ValueError(
                 f"dependence_weight and remove_unintended need the states inside the model; with "
-                f"{type(model).__name__} set dependence_weight=0 and remove_unintended=False, or use "
+                f"{type(model).__name__} set dependence_weight=0 and leave remove_unintended out, or use "
                 "RegularizedSequenceClassifier.from_backbone"
             )
         width = find_head(model).in_features
@@ -120,7 +120,12 @@ class RegularizationMixin(PartsTrainer):
                 + self.regularizer.penalty_weight * similarity
                 + self.regularizer.dependence_weight * dependence
             )
-            self.parts.add(task_loss=task_loss, similarity=similarity, dependence=dependence)
+            self.parts.add(task_loss=task_loss)
+            # A zero that stands for "not measured" would read as "perfect".
+            if not self.regularizer.empty:
+                self.parts.add(similarity=similarity)
+            if len(self.regularizer.dependence_directions):
+                self.parts.add(dependence=dependence)
         return (loss, outputs) if return_outputs else loss
 
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:

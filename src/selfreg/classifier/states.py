@@ -16,11 +16,13 @@ class PooledStates:
         pooled (`[N, D]`): one raw state a text, as the head would get it (after removal, if the model removes).
         activations (`[N, U]`): largest activation of each unintended feature over the tokens of each text.
         labels (`[N]`, int64).
+        removed (`bool`, *optional*): whether the unintended features were removed; None where it is not known.
     """
 
     pooled: Tensor
     activations: Tensor
     labels: Tensor
+    removed: bool | None = None
 
     def __post_init__(self) -> None:
         if not len(self.pooled) == len(self.activations) == len(self.labels):

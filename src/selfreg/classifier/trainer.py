@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from selfreg.activations.prompt import collate_prompts
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.regularizer import RegularizationMixin
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.training_args import RegularizedTrainingArguments
+from selfreg.utils.progress import progress
+
+_POOL_BATCH = 32
 
 
 class RegularizedTrainer(RegularizationMixin):
@@ -21,8 +25,9 @@ class RegularizedTrainer(RegularizationMixin):
     Args:
         model: the classifier; or a stock `AutoModelForSequenceClassification` model, with `unintended`.
         args: a [`RegularizedTrainingArguments`].
-        train_dataset: a [`PooledStates`]; or rows with `text` (or `input_ids`) and `label` (or `labels`); or rows with
-            `pooled` and `labels`, which is enough where `dependence_weight` is 0.
+        train_dataset: a [`PooledStates`]; or rows with `text` (or `input_ids`, as the tokenizer gives them for the
+            bare text) and `label` (or `labels`); or rows with `pooled` and `labels`, which is enough where
+            `dependence_weight` is 0.
         eval_dataset: likewise.
         unintended: for stock models only.
         kwargs: as for [`~transformers.Trainer`].
@@ -45,13 +50,21 @@ class RegularizedTrainer(RegularizationMixin):
     ) -> None:
         own = isinstance(model, RegularizedSequenceClassifier)
         if own:
-            model.config.remove_unintended = args.remove_unintended
-            kwargs.setdefault("data_collator", ClassifierCollator(model.tokenizer))
+            if not model.backbone_is_frozen:
+                raise ValueError(
+                    "the backbone has trainable parameters; selfreg trains the head over a frozen backbone so far: "
+                    "model.backbone.requires_grad_(False)"
+                )
+            if args.remove_unintended is not None:
+                model.config.remove_unintended = args.remove_unintended
+            kwargs.setdefault("data_collator", ClassifierCollator(model.tokenizer, model.config.pad_id))
             labels = _check_dataset(train_dataset, model.config.num_labels, "train_dataset", training=True)
             parts = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
             for name, part in parts.items():
                 _check_dataset(part, model.config.num_labels, name, training=False)
-            if model.backbone_is_frozen and args.cache_states:
+            for name, part in {"train_dataset": train_dataset, **parts}.items():
+                _check_removal(part, model, name)
+            if args.cache_states:
                 train_dataset = _cached(model, train_dataset)
                 if isinstance(eval_dataset, dict):
                     eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
@@ -67,8 +80,11 @@ class RegularizedTrainer(RegularizationMixin):
         )
         self._class_weights = _class_weights(args, labels, model.config.num_labels) if own else None
         self.label_names = ["labels"]
-        if own and train_dataset is not None:
-            self._fit(model, train_dataset)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.model, RegularizedSequenceClassifier) and self.train_dataset is not None:
+            self._fit(self.model, self.train_dataset)
+        return super().train(*args, **kwargs)
 
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
         if self._class_weights is None or "labels" not in inputs:
@@ -94,7 +110,7 @@ class RegularizedTrainer(RegularizationMixin):
             states = PooledStates(pooled, activations, torch.tensor([_label_of(row) for row in rows]))
         if states is None:
             # cache_states is off: the backbone runs at every step, and once before for what the head is fitted to.
-            states = model.pooled_states(_texts_of(dataset), _labels_of(dataset))
+            states = _pool(model, dataset)
         model.set_standardization(states.pooled)
         if self.args.dependence_weight and model.config.num_unintended:
             standardized = (states.pooled - model.pooled_mean.cpu()) / model.pooled_scale.cpu()
@@ -107,38 +123,76 @@ class ClassifierCollator:
     """Rows with pooled states, token ids or text -> a batch.
 
     Args:
-        tokenizer: for texts and token ids.
+        tokenizer: for texts.
+        pad_id: token id to pad with; padding is masked, so that a tokenizer without a pad token will do.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, pad_id: int = 0) -> None:
+        self.tokenizer, self.pad_id = tokenizer, pad_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         first = rows[0]
         batch: dict[str, Any] = {}
         if "pooled" in first:
             batch["pooled"] = torch.stack([torch.as_tensor(row["pooled"]) for row in rows])
+        elif "input_ids" in first:
+            batch.update(self._pad([_unpadded(row) for row in rows]))
         elif self.tokenizer is None:
             raise ValueError("texts can't be batched without a tokenizer: set model.tokenizer, or use pooled states")
-        elif "input_ids" in first:
-            ids = [{"input_ids": row["input_ids"]} for row in rows]
-            batch.update(self.tokenizer.pad(ids, return_tensors="pt"))
         else:
-            texts = [row["text"] for row in rows]
-            batch.update(self.tokenizer(texts, padding=True, return_tensors="pt", verbose=False))
+            batch.update(self._pad(self.tokenizer([row["text"] for row in rows], verbose=False)["input_ids"]))
         if "labels" in first or "label" in first:
             batch["labels"] = torch.tensor([_label_of(row) for row in rows])
         return batch
 
+    def _pad(self, ids: Sequence[list[int]]) -> dict[str, Tensor]:
+        batch = collate_prompts([(row, 0, len(row)) for row in ids], self.pad_id)
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+
+def _unpadded(row: Mapping[str, Any]) -> list[int]:
+    ids = torch.as_tensor(row["input_ids"])
+    return ids[torch.as_tensor(row["attention_mask"]).bool()].tolist() if "attention_mask" in row else ids.tolist()
+
 
 def _cached(model: RegularizedSequenceClassifier, dataset: Any) -> Any:
-    if dataset is None or isinstance(dataset, PooledStates) or "text" not in dataset[0]:
+    if dataset is None or isinstance(dataset, PooledStates) or "pooled" in dataset[0]:
         return dataset
-    return model.pooled_states(_texts_of(dataset), _labels_of(dataset))
+    return _pool(model, dataset)
 
 
-def _texts_of(dataset: Any) -> list[str]:
-    return [row["text"] for row in dataset]
+def _pool(model: RegularizedSequenceClassifier, dataset: Any) -> PooledStates:
+    labels = _labels_of(dataset)
+    if "text" in dataset[0]:
+        return model.pooled_states([row["text"] for row in dataset], labels)
+    collate = ClassifierCollator(None, model.config.pad_id)
+    pooled, activations = [], []
+    with torch.inference_mode(), progress("pooled states", len(dataset), "texts") as advance:
+        for start in range(0, len(dataset), _POOL_BATCH):
+            rows = [dataset[i] for i in range(start, min(start + _POOL_BATCH, len(dataset)))]
+            batch = collate([{"input_ids": _unpadded(row)} for row in rows])
+            states, maxima = model.pool(*(batch[name].to(model.device) for name in ("input_ids", "attention_mask")))
+            pooled.append(states.cpu())
+            activations.append(maxima.cpu())
+            advance(len(rows))
+    # Copies: tensors of inference mode could not be trained on.
+    return PooledStates(
+        torch.cat(pooled).clone(),
+        torch.cat(activations).clone(),
+        torch.tensor([int(label) for label in labels]),
+        removed=model.config.remove_unintended,
+    )
+
+
+def _check_removal(dataset: Any, model: RegularizedSequenceClassifier, name: str) -> None:
+    """Cached states must be those that the classifier will see later."""
+    removes = model.config.remove_unintended
+    known = dataset.removed if isinstance(dataset, PooledStates) else None
+    if known is not None and known != removes and model.config.num_unintended:
+        raise ValueError(
+            f"{name} holds states {'with' if known else 'without'} the unintended features removed, but the model has "
+            f"remove_unintended={removes}: make them anew with model.pooled_states"
+        )
 
 
 def _label_of(row: Mapping[str, Any]) -> int:
@@ -178,9 +232,10 @@ def _check_dataset(dataset: Any, num_labels: int, name: str, *, training: bool) 
 def _class_weights(args: RegularizedTrainingArguments, labels: list[int], num_labels: int) -> Tensor | None:
     if args.class_weights is None:
         return None
-    if args.class_weights == "balanced":
+    weights = args.label_weights()
+    if weights is None:
         counts = torch.bincount(torch.tensor(labels), minlength=num_labels).clamp_min(1)
         return len(labels) / (num_labels * counts.float())
-    if len(args.class_weights) != num_labels:
-        raise ValueError(f"class_weights has {len(args.class_weights)} weights, the model has {num_labels} labels")
-    return torch.tensor(args.class_weights, dtype=torch.float32)
+    if len(weights) != num_labels:
+        raise ValueError(f"class_weights has {len(weights)} weights, the model has {num_labels} labels")
+    return torch.tensor(weights, dtype=torch.float32)

@@ -1,6 +1,7 @@
 """Arguments of classifier training."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -15,7 +16,8 @@ class RegularizedTrainingArguments(TrainingArguments):
     [`~transformers.TrainingArguments`] with what regularised training adds.
 
     Other defaults: `per_device_train_batch_size=64`, `learning_rate=3e-3`, `num_train_epochs=100`, `weight_decay=2.0`,
-    `remove_unused_columns=False`, `logging_steps=50`.
+    `remove_unused_columns=False`, `logging_steps=50`. They suit a head over a frozen
+    backbone and hundreds to thousands of texts.
 
     loss = task loss + penalty_weight · similarity + dependence_weight · dependence
 
@@ -26,20 +28,24 @@ class RegularizedTrainingArguments(TrainingArguments):
             [`similarity_penalty`].
         dependence_weight (`float`, defaults to 30.0): weight of what still depends on the unintended features; 0 turns
             it off. See [`dependence_term`].
-        remove_unintended (`bool`, defaults to `True`): take the features out of the hidden states, in training and
-            afterwards.
+        remove_unintended (`bool`, *optional*): take the features out of the hidden states, in training and afterwards.
+            None: as the model was made, which is True where nothing else was said.
         cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of
             once an epoch.
-        class_weights (`"balanced"` or `list[float]`, *optional*): weight of each label in the task loss.
+        class_weights (`str` or `list[float]`, *optional*): weight of each label in the task loss: `"balanced"`, or a
+            weight a label (on a command line `1.0,2.5`).
     """
 
     penalty_weight: float = field(default=1.0, metadata={"help": "Weight of the similarity penalty; 0: off."})
     similarity: str = field(default="dot", metadata={"help": "encoder, dot, cosine or subspace."})
     dependence_weight: float = field(default=30.0, metadata={"help": "Weight of the dependence term; 0: off."})
-    remove_unintended: bool = field(default=True, metadata={"help": "Remove the features from the hidden states."})
+    remove_unintended: bool | None = field(
+        default=None, metadata={"help": "Remove the features from the hidden states; None: as the model was made."}
+    )
     cache_states: bool = field(default=True, metadata={"help": "Run each text through a frozen backbone only once."})
-    class_weights: str | list[float] | None = field(
-        default=None, metadata={"help": "Weight of each label in the task loss: balanced, or a list."}
+    # HfArgumentParser takes no union of a string and a list; lists are taken all the same.
+    class_weights: str | None = field(
+        default=None, metadata={"help": "Weight of each label in the task loss: balanced, or 1.0,2.5,..."}
     )
     learning_rate: float = field(default=3e-3, metadata={"help": "Initial learning rate."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts of a batch."})
@@ -56,8 +62,24 @@ class RegularizedTrainingArguments(TrainingArguments):
         for name in ("penalty_weight", "dependence_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
-            raise ValueError(f"class_weights={self.class_weights!r} is not known: 'balanced', or a weight a label")
+        self.label_weights()
         super().__post_init__()
         # Without an accelerator pinned memory only brings a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+    def label_weights(self) -> list[float] | None:
+        """`class_weights` as numbers; None where they are balanced or there are none.
+
+        Raises:
+            ValueError: they are neither.
+        """
+        given: Any = self.class_weights
+        if given is None or given == "balanced":
+            return None
+        try:
+            weights = [float(weight) for weight in (given.split(",") if isinstance(given, str) else given)]
+        except (TypeError, ValueError):
+            weights = [-1.0]
+        if any(weight < 0 for weight in weights):
+            raise ValueError(f"class_weights={given!r} is not known: 'balanced', or a weight a label, none negative")
+        return weights

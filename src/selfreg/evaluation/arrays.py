@@ -65,7 +65,7 @@ def labels_of(labels: npt.ArrayLike, logits_NL: FloatArray, least: int = 2) -> I
     return labels_N
 
 
-def _group_name(value: Any) -> str | int | None:
+def group_name(value: Any) -> str | int | None:
     """A plain str or int, or None for an unknown group (None or NaN). Whole floats are what pandas makes of ints."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -92,7 +92,7 @@ def of_known_group(
         raise ValueError(f"predictions must have {len(labels_N)} entries, one a label, got {len(values_N)}")
     if len(groups) != len(labels_N):
         raise ValueError(f"groups must have {len(labels_N)} entries, one a label, got {len(groups)}: None if unknown")
-    of_text = [_group_name(group) for group in groups]
+    of_text = [group_name(group) for group in groups]
     names = sorted({name for name in of_text if name is not None}, key=lambda name: (isinstance(name, str), name))
     code_of: dict[str | int | None, int] = {name: code for code, name in enumerate(names)}
     codes_N = np.array([code_of.get(name, -1) for name in of_text], dtype=np.int64)

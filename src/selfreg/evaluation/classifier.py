@@ -31,6 +31,7 @@ def evaluate_classifier(
     text: str = "text",
     label: str = "label",
     group: str | None = None,
+    unintended: UnintendedFeatures | None = None,
 ) -> dict[str, float | None]:
     """Runs a classifier over texts and measures its scores, group gaps, unintended use and dependence.
 
@@ -39,6 +40,8 @@ def evaluate_classifier(
         dataset: rows with the texts, the labels (class ids, or names in `model.config.label2id`) and the groups.
         text, label: names of the columns.
         group: name of the column of groups; None leaves the group figures out.
+        unintended: what use and dependence are measured against; the classifier's own features if None. Classifiers
+            that are compared need the same, and one without features (the plain one) has none of its own.
 
     Returns:
         `accuracy`, `f1`, `auc`, `worst_group_accuracy`, `group_gap`, `leakage`, `unintended_use`,
@@ -56,10 +59,16 @@ def evaluate_classifier(
         value = row[label]
         if isinstance(value, str) and value not in label2id:
             raise ValueError(f"label {value!r} is none of the classifier's: {', '.join(label2id)}")
+        if not isinstance(value, str) and label2id.get(str(value), value) != value:
+            raise ValueError(
+                f"label {value!r} may be the class id {value} or the label named {str(value)!r} (class id "
+                f"{label2id[str(value)]}): give the labels as strings, or the class ids of labels that aren't numbers"
+            )
         labels.append(label2id[value] if isinstance(value, str) else int(value))
-    states = model.pooled_states([row[text] for row in dataset], labels)
+    features = model.unintended if unintended is None else unintended
+    states = model.pooled_states([row[text] for row in dataset], labels, activations_of=features)
     head = FittedHead("classifier", model, lambda pooled: pooled, [])
-    return evaluate_head(head, states, model.unintended, [row[group] for row in dataset] if group else None)[0]
+    return evaluate_head(head, states, features, [row[group] for row in dataset] if group else None)[0]
 
 
 def evaluate_head(

@@ -13,7 +13,7 @@ from selfreg.utils.files import fingerprint_json
 from selfreg.utils.progress import progress
 
 if TYPE_CHECKING:
-    from selfreg.features.catalog import FeatureCatalog
+    from selfreg.features.catalog import FeatureCatalog, FeatureRecord
 
 
 class Journal:
@@ -49,6 +49,15 @@ class Journal:
             os.fsync(file.fileno())
 
 
+def _chosen(catalog: "FeatureCatalog", features: Sequence[int] | None) -> "list[FeatureRecord]":
+    if features is None:
+        return list(catalog)
+    unknown = [feature for feature in features if not 0 <= feature < len(catalog)]
+    if unknown:
+        raise ValueError(f"features {unknown[:10]} are not there: the catalogue has 0 to {len(catalog) - 1}")
+    return [catalog[feature] for feature in dict.fromkeys(features)]
+
+
 def explain_catalog(
     catalog: "FeatureCatalog",
     chat: ChatModel,
@@ -56,25 +65,23 @@ def explain_catalog(
     path: str | os.PathLike[str] | None,
 ) -> None:
     """See `FeatureCatalog.explain`."""
-    wanted = [record for record in catalog if record.spans and (features is None or record.feature in set(features))]
+    wanted = [record for record in _chosen(catalog, features) if record.spans]
     journal = Journal(path)
     keys = {r.feature: fingerprint_json([chat.name, [span.marked() for span in r.spans]]) for r in wanted}
 
     def keep(feature: int, explanation: Explanation) -> None:
-        journal.add(
-            keys[feature],
-            {
-                "explanation": explanation.text,
-                "explanation_verdict": explanation.verdict,
-            },
-        )
+        answer = {"explanation": explanation.text, "explanation_verdict": explanation.verdict}
+        journal.add(keys[feature], answer)
+        # At once: without a journal this is all that is left of the answers if the next call fails.
+        catalog.update(feature, **answer)
         advance(1)
 
     missing = {record.feature: record.spans for record in wanted if keys[record.feature] not in journal.answers}
+    for record in wanted:
+        if record.feature not in missing:
+            catalog.update(record.feature, **journal.answers[keys[record.feature]])
     with progress("explanations", len(wanted), "features", done=len(wanted) - len(missing)) as advance:
         explain_features(chat, missing, on_result=keep)
-    for record in wanted:
-        catalog.update(record.feature, **journal.answers[keys[record.feature]])
 
 
 def judge_catalog(
@@ -86,11 +93,12 @@ def judge_catalog(
 ) -> None:
     """See `FeatureCatalog.judge`."""
     rubric = load_rubric(rubric)
-    wanted = [
-        record for record in catalog if record.explained and (features is None or record.feature in set(features))
-    ]
+    wanted = [record for record in _chosen(catalog, features) if record.explained]
     if not wanted:
-        raise ValueError("no feature is explained yet: call explain first")
+        raise ValueError(
+            "no feature has an explanation that describes its spans: call explain first; if it was called, the chat "
+            "model found none, and a larger one, or features found by keywords or an attribute, may do better"
+        )
     journal = Journal(path)
     keys = {
         r.feature: fingerprint_json([chat.name, rubric, r.explanation, [span.marked() for span in r.spans]])
@@ -98,14 +106,13 @@ def judge_catalog(
     }
 
     def keep(feature: int, verdict: Verdict) -> None:
-        journal.add(
-            keys[feature],
-            {
-                "verdict": verdict.verdict,
-                "verdict_probabilities": dict(verdict.probabilities),
-                "decided_by": verdict.decided_by,
-            },
-        )
+        answer = {
+            "verdict": verdict.verdict,
+            "verdict_probabilities": dict(verdict.probabilities),
+            "decided_by": verdict.decided_by,
+        }
+        journal.add(keys[feature], answer)
+        catalog.update(feature, **answer)
         advance(1)
 
     missing = {
@@ -113,7 +120,8 @@ def judge_catalog(
         for record in wanted
         if keys[record.feature] not in journal.answers
     }
+    for record in wanted:
+        if record.feature not in missing:
+            catalog.update(record.feature, **journal.answers[keys[record.feature]])
     with progress("verdicts", len(wanted), "features", done=len(wanted) - len(missing)) as advance:
         judge_features(chat, missing, rubric, on_result=keep)
-    for record in wanted:
-        catalog.update(record.feature, **journal.answers[keys[record.feature]])

@@ -19,7 +19,7 @@ from selfreg.features.chat import ChatModel
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.features.spans import Span
 from selfreg.sae.modeling import SAEForFeatureExtraction
-from selfreg.utils.files import atomic_folder, atomic_path, fingerprint_strings, read_json, write_json
+from selfreg.utils.files import atomic_path, fingerprint_json, fingerprint_strings, read_json, write_json
 from selfreg.utils.progress import progress
 
 TABLE_NAME = "features.parquet"
@@ -114,7 +114,7 @@ class FeatureCatalog:
             store: the hidden states of these very texts, if they are on disk already.
 
         Raises:
-            ValueError: the SAE and the extractor do not fit, or the store is of other texts.
+            ValueError: the SAE and the extractor do not fit, or the store is of other texts or states.
         """
         if top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1")
@@ -124,8 +124,11 @@ class FeatureCatalog:
         if spec is not None:
             spec.check_features_fit(extractor.spec, "the SAE", "the extractor")
         fingerprint = fingerprint_strings(texts)
-        if store is not None and store.text_fingerprint != fingerprint:
-            raise ValueError(f"the store {store.path} was made from other texts: pass its own texts, or no store")
+        if store is not None:
+            if store.text_fingerprint != fingerprint:
+                raise ValueError(f"the store {store.path} was made from other texts: pass its own texts, or no store")
+            # The spans are cut by the extractor, so that the template and the length count too.
+            store.spec.check_same(extractor.spec, f"the store {store.path}", "the extractor")
         first_of: dict[str, int] = {}
         is_first = torch.tensor([first_of.setdefault(text, i) == i for i, text in enumerate(texts)])
         statistics = _Statistics(sae.config.num_features, top_k)
@@ -218,15 +221,17 @@ class FeatureCatalog:
         self.records[feature] = replace(self.records[feature], **changes)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes a folder of `features.parquet`, one row a feature, and `catalog.json`; whole or not at all."""
+        """Writes `features.parquet`, one row a feature, and `catalog.json` into a folder; each whole or not at all."""
         rows = [asdict(record) for record in self.records]
         for row in rows:
             row["verdict_probabilities"] = list(row["verdict_probabilities"].items())
-        with atomic_folder(save_directory) as folder:
-            with atomic_path(folder / TABLE_NAME) as path:
-                pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path)
-            config = {"format_version": FORMAT_VERSION, "spec": self.spec.to_dict(), **self.info}
-            write_json(folder / CONFIG_NAME, config)
+        folder = Path(save_directory)
+        config = {"format_version": FORMAT_VERSION, "spec": self.spec.to_dict(), **self.info}
+        # The table says what it belongs to, so that one of another catalogue beside an old catalog.json is found out.
+        schema = _SCHEMA.with_metadata({_OWNER: fingerprint_json(config)})
+        with atomic_path(folder / TABLE_NAME) as path:
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+        write_json(folder / CONFIG_NAME, config)
 
     @classmethod
     def from_pretrained(cls, save_directory: str | os.PathLike[str]) -> "FeatureCatalog":
@@ -234,22 +239,30 @@ class FeatureCatalog:
 
         Raises:
             FileNotFoundError: it is no catalogue.
+            ValueError: it is not whole, or of a newer selfreg.
         """
         folder = Path(save_directory)
         for name in (CONFIG_NAME, TABLE_NAME):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no {name}: it is not a feature catalogue")
         info = read_json(folder / CONFIG_NAME)
+        table = pq.read_table(folder / TABLE_NAME)
+        if (table.schema.metadata or {}).get(_OWNER, b"").decode() != fingerprint_json(info):
+            raise ValueError(
+                f"{TABLE_NAME} and {CONFIG_NAME} in {folder} are of two catalogues: saving was cut short, save again"
+            )
         if info.pop("format_version") > FORMAT_VERSION:
             raise ValueError(f"{folder} is a catalogue of a newer selfreg: upgrade selfreg")
         spec = HiddenStateSpec.from_dict(info.pop("spec"))
         records = []
-        for row in pq.read_table(folder / TABLE_NAME).to_pylist():
+        for row in table.to_pylist():
             row["spans"] = [Span(**span) for span in row["spans"]]
             row["verdict_probabilities"] = dict(row["verdict_probabilities"])
             records.append(FeatureRecord(**row))
         return cls(records, spec, info)
 
+
+_OWNER = b"selfreg.catalog"
 
 _SPAN = pa.struct(
     [

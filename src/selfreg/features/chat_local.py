@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from selfreg.activations.backbone import resolve_model
 from selfreg.features.chat import Choice, Conversation, check_conversations, check_options
+from selfreg.utils.devices import default_device
 
 
 class LocalChatModel:
@@ -46,7 +47,7 @@ class LocalChatModel:
         source = resolve_model(model_name_or_path, revision=revision, gguf_file=gguf_file)
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs())
         _check_template(tokenizer, model_name_or_path)  # before the minutes that loading a large model takes
-        device = torch.device(device) if device is not None else _default_device()
+        device = torch.device(device) if device is not None else default_device()
         loaded_dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=loaded_dtype, **source.kwargs())
         name = model_name_or_path if revision is None else f"{model_name_or_path}@{revision}"
@@ -268,7 +269,3 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 def _cache_argument(model: PreTrainedModel) -> str:
     # Renamed in transformers 5.24; older versions, and models that bring their own code, have the old name only.
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,5 +1,6 @@
 """UnintendedFeatures: the features that a classifier must not use, why, and the directions that a classifier needs."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -176,6 +177,13 @@ class UnintendedFeatures:
         reasons = [f"tells {group[f]!r} from the rest within a label: AUC {strength[f]:.3f}" for f in order]
         return cls.from_ids(sae, order, reasons=reasons)
 
+    def fingerprint(self) -> str:
+        """Of all that a classifier takes from it."""
+        digest = hashlib.sha256(str(self.feature_ids).encode())
+        for tensor in (self.encoder_directions, self.encoder_bias, self.decoder_directions):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes `unintended_features.safetensors` and `unintended_features.json` (the reason for every feature)."""
         folder = Path(save_directory)
@@ -247,6 +255,15 @@ def keyword_near_peak(span: Span, pattern: re.Pattern[str]) -> str | None:
     begin = words_before[-2] if len(words_before) >= 2 else 0
     match = pattern.search(text[begin:end])
     return match.group() if match else None
+
+
+def has_two_groups(attribute: Sequence[Any], labels: Sequence[Any]) -> bool:
+    """Whether some label has texts of two groups, without which the attribute can't be told apart from the label."""
+    found: dict[Any, set[Any]] = {}
+    for group, label in zip(attribute, labels, strict=True):
+        if group is not None:
+            found.setdefault(label, set()).add(group)
+    return any(len(groups) > 1 for groups in found.values())
 
 
 def attribute_strength(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from selfreg.activations.store import ActivationStore
+from selfreg.sae.configuration import SAEConfig
 
 
 class StatesDataset(Protocol):
@@ -45,8 +46,23 @@ def iterate_states(dataset: StatesDataset, chunk: int = 8192) -> Iterator[Tensor
 def sample_states(dataset: StatesDataset, size: int) -> Tensor:
     """Up to `size` states, spread evenly over the dataset."""
     count = min(size, len(dataset))
-    return gather_states(dataset, torch.linspace(0, len(dataset) - 1, count).long().tolist())
+    # In integers: float32 can't tell the last of 20 million rows from one past it.
+    rows = torch.arange(count) * (len(dataset) - 1) // max(count - 1, 1)
+    return gather_states(dataset, rows.tolist())
 
 
 def states_width(dataset: StatesDataset) -> int:
     return gather_states(dataset, [0]).shape[-1]
+
+
+def check_states(config: SAEConfig, dataset: StatesDataset) -> None:
+    """Raises ValueError where an SAE can't take the states of a dataset."""
+    if len(dataset) == 0:
+        raise ValueError("the dataset of hidden states is empty")
+    if isinstance(dataset, ActivationStore):
+        spec = config.hidden_state_spec()
+        if spec is not None:
+            spec.check_features_fit(dataset.spec, "the SAE", f"the store {dataset.path}")
+    width = states_width(dataset)
+    if width != config.hidden_size:
+        raise ValueError(f"the SAE takes hidden states of width {config.hidden_size}, the dataset holds {width}")

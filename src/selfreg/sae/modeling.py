@@ -1,15 +1,20 @@
 """SAEForFeatureExtraction: a TopK sparse autoencoder on the hidden states of a language model."""
 
+import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.kernels import select_topk, sparse_decode, sparse_encode
+
+_COUNTERS = frozenset({"tokens_since_fired", "dead_on_task"})
+"""Buffers that only training reads; a converted SAE may lack them."""
 
 
 class SparseFeatures(NamedTuple):
@@ -41,7 +46,9 @@ class SAEOutput(ModelOutput):
         features (`SparseFeatures`): what was active.
         fvu (`[]`): fraction of variance unexplained, Σ‖h - ĥ‖² / Σ‖h - h̄‖² over these states.
         l0 (`[]`): mean number of active features of a state.
-        aux_loss (`[]`, *optional*): the auxiliary loss before its coefficient; None where nothing is dead.
+        aux_loss (`[]`, *optional*): the auxiliary loss (in task fine-tuning, the dead features' part) before its
+            coefficient; None where nothing is dead.
+        live_loss (`[]`, *optional*): the live features' part in task fine-tuning.
     """
 
     loss: Tensor | None = None
@@ -50,6 +57,7 @@ class SAEOutput(ModelOutput):
     fvu: Tensor | None = None
     l0: Tensor | None = None
     aux_loss: Tensor | None = None
+    live_loss: Tensor | None = None
 
 
 def normalized_error(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -96,16 +104,39 @@ class SAEForFeatureExtraction(PreTrainedModel):
         if module is not self:
             return
         decoder = torch.nn.functional.normalize(torch.randn(self.W_enc.shape), dim=1)
-        nn.init.zeros_(self.b_enc)
-        nn.init.zeros_(self.b_dec)
-        self.W_enc.copy_(decoder)
+        # transformers' own functions: they leave alone what was loaded from a checkpoint.
+        init.zeros_(self.b_enc)
+        init.zeros_(self.b_dec)
+        init.copy_(self.W_enc, decoder)
         if not self.config.tied:
             # An encoder that starts as the decoder's transpose leaves far fewer features dead.
-            self.W_dec.copy_(decoder)
-        nn.init.zeros_(self.mean)
-        nn.init.ones_(self.scale)
-        nn.init.zeros_(self.tokens_since_fired)
-        nn.init.zeros_(self.dead_on_task)
+            init.copy_(self.W_dec, decoder)
+        init.zeros_(self.mean)
+        init.ones_(self.scale)
+        init.zeros_(self.tokens_since_fired)
+        init.zeros_(self.dead_on_task)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+    ) -> "SAEForFeatureExtraction":
+        """As in transformers; weights stay float32 unless `dtype` says otherwise.
+
+        Raises:
+            ValueError: the checkpoint lacks a weight; training counters may be missing.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("dtype", torch.float32)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        missing = sorted(set(info["missing_keys"]) - _COUNTERS)
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {', '.join(missing)}: it is not a whole sparse autoencoder"
+            )
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @property
     def decoder_weight(self) -> Tensor:
@@ -144,6 +175,11 @@ class SAEForFeatureExtraction(PreTrainedModel):
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 
+    @property
+    def is_normalized(self) -> bool:
+        """Whether centring and scale were set."""
+        return bool(self.mean.any() or self.scale != 1)
+
     def normalize(self, hidden_states: Tensor) -> Tensor:
         """h -> x = (h - mean) / scale, in the dtype of the SAE."""
         return (hidden_states.to(self.W_enc.dtype) - self.mean) / self.scale
@@ -167,6 +203,7 @@ class SAEForFeatureExtraction(PreTrainedModel):
         k: int | None = None,
         dead: Tensor | None = None,
         aux_coefficient: float = 0.0,
+        dead_loss_weight: float | None = None,
     ) -> SAEOutput:
         """
         Args:
@@ -175,8 +212,15 @@ class SAEForFeatureExtraction(PreTrainedModel):
             dead (`[num_features]`, bool): features that have not fired for long. They get the auxiliary loss: the
                 residual, detached, reconstructed from the dead features alone (Gao et al. 2024).
             aux_coefficient: weight of the auxiliary loss; 0 turns it off.
+            dead_loss_weight: where it is given, the loss is that of task fine-tuning with this weight; `dead` are then
+                the features that are dead on the task. See `task_loss`.
         """
         self._check_width(hidden_states)
+        if dead_loss_weight is not None:
+            if dead is None:
+                raise ValueError("dead_loss_weight needs dead, the features that are dead on the task")
+            loss, live_loss, dead_loss = self.task_loss(hidden_states, dead, dead_loss_weight)
+            return SAEOutput(loss, live_loss=live_loss, aux_loss=dead_loss)
         x = self.normalize(hidden_states)
         features = self._encode(x, k or self.config.k)
         x_hat = self._decode(features)

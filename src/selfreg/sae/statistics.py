@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from selfreg.sae.data import StatesDataset, iterate_states
+from selfreg.sae.data import StatesDataset, check_states, iterate_states
 from selfreg.sae.modeling import SAEForFeatureExtraction
 
 
@@ -33,29 +33,28 @@ def evaluate_sae(sae: SAEForFeatureExtraction, dataset: StatesDataset) -> SAESta
     """Measures an SAE on an `ActivationStore` or any dataset whose rows hold `hidden_states`, in one pass.
 
     Raises:
-        ValueError: the dataset is empty, or the states have another width.
+        ValueError: the dataset is empty, or its states are of another width, layer or backbone.
     """
-    if len(dataset) == 0:
-        raise ValueError("there are no hidden states to measure the SAE on")
+    check_states(sae.config, dataset)
     fired = torch.zeros(sae.config.num_features, dtype=torch.bool, device=sae.device)
-    # Sums of squares over many states lose digits in float32.
-    total = torch.zeros(sae.config.hidden_size, dtype=torch.float64, device=sae.device)
-    squares = error = torch.zeros((), dtype=torch.float64, device=sae.device)
+    # Sums over many states lose digits in float32; on the CPU, since not every accelerator has float64.
+    total = torch.zeros(sae.config.hidden_size, dtype=torch.float64)
+    squares = error = 0.0
     active = count = 0
     for chunk in iterate_states(dataset):
         states = chunk.to(sae.device)
         features = sae.encode(states)
         # Centred on the SAE's mean, so that the variance is not a small difference of large numbers.
-        centred = (states - sae.mean).double()
-        error = error + (sae.decode(features) - states).double().pow(2).sum()
-        squares = squares + centred.pow(2).sum()
-        total += centred.sum(dim=0)
+        centred = states - sae.mean
+        error += float((sae.decode(features) - states).pow(2).sum(dim=1).cpu().double().sum())
+        squares += float(centred.pow(2).sum(dim=1).cpu().double().sum())
+        total += centred.sum(dim=0).cpu().double()
         fired |= fired_features(features.indices, features.values, len(fired))
         active += int((features.values > 0).sum())
         count += len(states)
-    variance = squares - total.pow(2).sum() / count
+    variance = squares - float(total.pow(2).sum()) / count
     return SAEStatistics(
-        fvu=float(error / variance),
+        fvu=error / variance,
         l0=active / count,
         dead_fraction=float(1 - fired.double().mean()),
         num_states=count,

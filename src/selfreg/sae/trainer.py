@@ -1,5 +1,6 @@
 """SAETrainer: pre-training and task fine-tuning of a sparse autoencoder, on transformers' Trainer."""
 
+import logging
 from typing import Any
 
 import torch
@@ -8,11 +9,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from selfreg import __version__
 from selfreg.activations.store import ActivationStore
-from selfreg.sae.data import StatesDataset, collate_states, iterate_states, sample_states, states_width
+from selfreg.sae.data import StatesDataset, check_states, collate_states, iterate_states, sample_states
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae.statistics import evaluate_sae, fired_features
 from selfreg.sae.training_args import SAETrainingArguments
 from selfreg.utils.trainer import PartsTrainer
+
+logger = logging.getLogger(__name__)
 
 _NORMALIZATION_STATES = 65_536
 
@@ -20,9 +23,9 @@ _NORMALIZATION_STATES = 65_536
 class SAETrainer(PartsTrainer):
     """Trains a [`SAEForFeatureExtraction`].
 
-    `objective="pretrain"`: k annealing, input centring and scale from the data before the first step, an auxiliary
-    loss that revives dead features, unit-norm decoder. `objective="finetune"`: features are split into live and dead
-    on the training states at the start of every epoch; see [`SAEForFeatureExtraction.task_loss`].
+    `objective="pretrain"`: k annealing, input centring and scale from the data before the first step of a new SAE, an
+    auxiliary loss that revives dead features, unit-norm decoder. `objective="finetune"`: features are split into live
+    and dead on the training states at the start of every epoch; see [`SAEForFeatureExtraction.task_loss`].
 
     Args:
         model: the SAE.
@@ -48,8 +51,14 @@ class SAETrainer(PartsTrainer):
         eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (train_dataset, *eval_datasets):
             if dataset is not None:
-                _check_states(model, dataset)
+                check_states(model.config, dataset)
         kwargs.setdefault("data_collator", collate_states)
+        if args.n_gpu > 1:
+            logger.warning(
+                "one of %d accelerators is used: start with `accelerate launch` or `torchrun` to use all", args.n_gpu
+            )
+            # DataParallel would scatter masks over features as if they were batches of states.
+            args._n_gpu = 1
         super().__init__(
             model=model,
             args=args,
@@ -68,7 +77,9 @@ class SAETrainer(PartsTrainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        if self.args.objective == "pretrain" and not resume_from_checkpoint and self.train_dataset is not None:
+        # An SAE that has been trained keeps the centring and scale that its weights are made for.
+        is_new = self.args.objective == "pretrain" and not self.model.is_normalized
+        if is_new and not resume_from_checkpoint and self.train_dataset is not None:
             self._fit_normalization()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -82,9 +93,12 @@ class SAETrainer(PartsTrainer):
         states = inputs["hidden_states"]
         sae = self.accelerator.unwrap_model(model)
         if self.args.objective == "finetune" and model.training:
-            loss, live, dead = sae.task_loss(states, sae.dead_on_task, self.args.dead_loss_weight)
-            self.parts.add(live_loss=live, dead_loss=dead, dead_on_task=sae.dead_on_task.float().mean())
-            return loss
+            # Through the wrapper's own forward, or the gradients of the processes would never meet.
+            output = model(states, dead=sae.dead_on_task, dead_loss_weight=self.args.dead_loss_weight)
+            self.parts.add(
+                live_loss=output.live_loss, dead_loss=output.aux_loss, dead_on_task=sae.dead_on_task.float().mean()
+            )
+            return (output.loss, output) if return_outputs else output.loss
         dead_mask = sae.tokens_since_fired >= self._dead_after()
         output = model(states, k=self._current_k(), dead=dead_mask, aux_coefficient=self.args.aux_coefficient)
         if model.training:
@@ -111,7 +125,7 @@ class SAETrainer(PartsTrainer):
             for name, part in dataset.items():
                 metrics |= self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
             return metrics
-        _check_states(self.model, dataset)
+        check_states(self.model.config, dataset)
         figures = evaluate_sae(self.accelerator.unwrap_model(self.model), dataset).to_dict()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         metrics[f"{metric_key_prefix}_loss"] = figures["fvu"]
@@ -195,15 +209,3 @@ class _TaskSplit(TrainerCallback):
         # Resumed within an epoch: the split that this epoch began with came back with the checkpoint.
         if abs(epoch - round(epoch)) < 1e-6:
             self.trainer.model.dead_on_task.copy_(self.trainer.split_task_features())
-
-
-def _check_states(sae: SAEForFeatureExtraction, dataset: StatesDataset) -> None:
-    if len(dataset) == 0:
-        raise ValueError("the dataset of hidden states is empty")
-    if isinstance(dataset, ActivationStore):
-        spec = sae.config.hidden_state_spec()
-        if spec is not None:
-            spec.check_features_fit(dataset.spec, "the SAE", f"the store {dataset.path}")
-    width = states_width(dataset)
-    if width != sae.config.hidden_size:
-        raise ValueError(f"the SAE takes hidden states of width {sae.config.hidden_size}, the dataset holds {width}")

@@ -46,8 +46,13 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+            # Moved aside rather than deleted: the place is empty for the moment of a rename only.
+            old = path.with_name(f"{_PARTIAL}old-{os.getpid()}-{path.name}")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise type(error)(error.errno, f"could not write {path}: {error.strerror or error}") from error
@@ -89,3 +94,22 @@ def fingerprint_strings(strings: Iterable[str]) -> str:
 def fingerprint_json(value: Any) -> str:
     """SHA-256 over the canonical JSON of `value`, as hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf8")).hexdigest()
+
+
+_WHOLE_BYTES = 1 << 30
+_BLOCK = 1 << 20
+
+
+def fingerprint_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's size and content, as hex; over 1 GiB of 256 blocks spread over it."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= _WHOLE_BYTES:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        else:
+            for number in range(256):
+                file.seek(number * (size - _BLOCK) // 255)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()

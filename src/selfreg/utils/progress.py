@@ -6,9 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import disable_progress_bar, is_progress_bar_enabled
 
 logger = logging.getLogger(__name__)
+
+
+_only_own = False
+
+
+def show_only_own_bars() -> None:
+    """For the command line, where transformers' bars over the shards of small files would bury the run's own lines."""
+    global _only_own
+    _only_own = True
+    disable_progress_bar()
 
 
 class Advance(Protocol):
@@ -36,7 +46,7 @@ def progress(description: str, total: int, unit: str, *, done: int = 0) -> Itera
         bar.update(task, advance=n, rate=rate())
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    disable = not (console.is_terminal and is_progress_bar_enabled())
+    disable = not (console.is_terminal and (_only_own or is_progress_bar_enabled()))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=disable) as bar:
         task = bar.add_task(description, total=total, completed=done, rate="")
         yield advance

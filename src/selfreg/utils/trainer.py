@@ -1,5 +1,6 @@
 """What selfreg's trainers share: loss parts in the log, checkpoints that are whole, quiet progress."""
 
+import math
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,7 +66,15 @@ class PartsTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self.parts.flush()}
+            parts = self.parts.flush()
+            for name, value in parts.items():
+                # The Trainer itself leaves losses that are not finite out of the mean that it logs.
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"training diverged before step {self.state.global_step}: {name} is {value}; lower "
+                        f"learning_rate={self.args.learning_rate}, or look for such values in the hidden states"
+                    )
+            logs = {**logs, **parts}
         super().log(logs, start_time)
 
 

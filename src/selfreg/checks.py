@@ -1,0 +1,85 @@
+"""What is wrong with a recipe and its data, told before any long work starts."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+from transformers import AutoConfig
+
+from selfreg.activations.backbone import resolve_model
+from selfreg.activations.spec import HiddenStateSpec
+from selfreg.data import TaskData
+from selfreg.evaluation.arrays import group_name
+from selfreg.features.judge import load_rubric
+from selfreg.features.selection import has_two_groups, keyword_pattern
+from selfreg.recipe import ChatRecipe, Recipe, RecipeError
+from selfreg.sae.configuration import SAEConfig
+
+
+def check_recipe(recipe: Recipe, data: TaskData) -> None:
+    """
+    Raises:
+        RecipeError: names the key, the value and the mend.
+    """
+    features, weights = recipe.features, recipe.classifier.class_weights
+    if isinstance(weights, list) and len(weights) != len(data.labels):
+        raise RecipeError(
+            f"classifier.class_weights has {len(weights)} weights, the data has {len(data.labels)} labels: "
+            f"{', '.join(data.labels)}"
+        )
+    for part in (data.train, *data.eval.values()):
+        for row, group in enumerate(part.groups or []):
+            _of_key(f"data.group: row {row} of {part.name!r}", partial(group_name, group))
+    width = recipe.sae.num_features
+    if recipe.sae.from_pretrained is not None:
+        width = SAEConfig.from_pretrained(recipe.sae.from_pretrained).num_features
+    for name, numbers in (("ids", features.ids or []), ("random", [(features.random or 1) - 1])):
+        for number in numbers:
+            if not 0 <= number < width:
+                raise RecipeError(f"features.{name}: feature {number} is not there, the SAE has 0 to {width - 1}")
+    if features.keywords is not None:
+        _of_key("features.keywords", lambda: keyword_pattern(features.keywords or []))
+    if features.attribute is not None and not has_two_groups(data.train.attribute or [], data.train.labels):
+        raise RecipeError(
+            f"features.attribute: no label of the training set has texts of two values of {features.attribute!r}, so "
+            "that it can't be told apart from the label; choose features by keywords or a judge, or add texts"
+        )
+    if features.rubric is not None:
+        _of_key("features.rubric", lambda: load_rubric(features.rubric or ""))
+    for name, chat in (("explainer", features.explainer), ("judge", features.judge)):
+        if chat is not None:
+            _check_chat(f"features.{name}", chat)
+
+
+def check_sae_source(source: str, spec: HiddenStateSpec) -> None:
+    """Raises RecipeError where a published SAE does not fit the states of the backbone."""
+    config = SAEConfig.from_pretrained(source)
+    if config.hidden_size != spec.hidden_size:
+        raise RecipeError(
+            f"sae.from_pretrained: the SAE {source} takes states of width {config.hidden_size}, the backbone "
+            f"gives {spec.hidden_size}"
+        )
+    found = config.hidden_state_spec()
+    if found is not None:
+        _of_key(
+            "sae.from_pretrained",
+            lambda: found.check_features_fit(spec, f"the SAE {source}", "the backbone of the recipe"),
+        )
+
+
+def _check_chat(key: str, chat: ChatRecipe) -> None:
+    if chat.api_key_env is not None and not os.environ.get(chat.api_key_env):
+        raise RecipeError(f"{key}.api_key_env: the environment variable {chat.api_key_env} is not set")
+    if chat.local is not None:
+        try:
+            source = resolve_model(chat.local)
+            AutoConfig.from_pretrained(source.path, **source.kwargs())
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{key}.local: can't load the chat model {chat.local!r}: {error}") from error
+
+
+def _of_key(key: str, check: Callable[[], object]) -> None:
+    try:
+        check()
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key}: {error}") from error

@@ -1,11 +1,15 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from selfreg import Recipe, __version__
-from selfreg.cli import app
+from selfreg.cli import _run, app
+from selfreg.evaluation.classifier import FIGURES
 
 runner = CliRunner()
 
@@ -32,3 +36,17 @@ def test_user_error_is_one_message(tmp_path: Path) -> None:
     missing = runner.invoke(app, ["run", str(tmp_path / "no.yaml")])
     assert missing.exit_code == 1
     assert "there is no recipe" in missing.stderr
+
+
+def test_labels_that_look_like_markup_are_shown_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run_recipe(_recipe: object, *, tell: Callable[[str], None]) -> dict[str, Any]:
+        tell("labels: [/bad], [good], :package:")
+        return {"methods": {"plain": {"[test]": dict.fromkeys(FIGURES)}}}
+
+    monkeypatch.setattr("selfreg.run.run_recipe", run_recipe)
+    _run(SimpleNamespace(output=tmp_path))
+    out = capsys.readouterr().out
+    assert "labels: [/bad], [good], :package:" in out
+    assert "on [test]" in out

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from selfreg.data import load_rows, load_task
+from selfreg.data import _check, load_rows, load_task
 from selfreg.recipe import DataRecipe, RecipeError, SplitRecipe
 
 ROWS = [
@@ -94,3 +94,31 @@ def test_missing_attribute_and_files(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{not json")
     with pytest.raises(RecipeError, match=r"can't read .*bad\.jsonl"):
         load_rows(SplitRecipe(path=str(tmp_path / "bad.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.tsv", "text\tlabel\n", "t.tsv is none of .jsonl, .json, .csv, .parquet"),
+        ("missing.txt", None, "there is no file .*missing.txt"),
+        ("broken.jsonl", '{"text": "a", "label"\n', "can't read .*broken.jsonl .*: JSON parse error"),
+    ],
+)
+def test_files_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load_rows(SplitRecipe(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": 5, "label": "a"}, "row 1 holds 5 in column 'text', which is no text"),
+        ({"text": "a", "label": ["a"]}, "row 1 has the label \\['a'\\] in column 'label': a label is one name"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(row: dict[str, object], message: str) -> None:
+    data = DataRecipe(train=SplitRecipe(path="x"), eval={"test": SplitRecipe(path="x")})
+    with pytest.raises(RecipeError, match=message):
+        _check([{"text": "a", "label": "b"}, row], "train", ["text", "label"], data)

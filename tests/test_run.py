@@ -371,3 +371,17 @@ def test_bad_input_is_told_before_any_long_work(
     with pytest.raises(RecipeError, match=message):
         run_recipe(Recipe.from_dict(recipe))
     assert not (tmp_path / "out").exists()
+
+
+def test_no_feature_found_is_no_success(folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(values(folder, tmp_path / "out", features={"keywords": ["zebra"]}))
+    with pytest.raises(RecipeError, match="no unintended feature was found by features.keywords"):
+        run_recipe(recipe)
+
+
+def test_cut_texts_are_told(folder: Path, tmp_path: Path) -> None:
+    recipe = values(folder, tmp_path / "out")
+    recipe["backbone"]["max_length"] = 4
+    lines: list[str] = []
+    run_recipe(Recipe.from_dict(recipe), tell=lines.append)
+    assert any("160 of 160 texts of train fill backbone.max_length=4 tokens" in line for line in lines)

@@ -14,6 +14,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -108,21 +109,23 @@ def _run(recipe: Any) -> None:
 
     def tell(line: str) -> None:
         seconds = int(time.perf_counter() - started)
-        _console.print(f"[dim]{seconds // 60}:{seconds % 60:02d}[/dim] {line}", highlight=False, soft_wrap=True)
+        clock = f"[dim]{seconds // 60}:{seconds % 60:02d}[/dim]"
+        # A label may hold what rich takes for markup.
+        _console.print(f"{clock} {escape(line)}", highlight=False, soft_wrap=True, emoji=False)
 
     metrics = run_recipe(recipe, tell=tell)
     _console.print()
     for name in next(iter(metrics["methods"].values())):
         _console.print(_table(metrics["methods"], name))
     output = Path(recipe.output)
-    _console.print(f"figures  {output / 'metrics.json'}", soft_wrap=True, highlight=False)
-    _console.print(f"report   {output / 'report.html'}", soft_wrap=True, highlight=False)
+    _console.print(f"figures  {output / 'metrics.json'}", soft_wrap=True, highlight=False, emoji=False, markup=False)
+    _console.print(f"report   {output / 'report.html'}", soft_wrap=True, highlight=False, emoji=False, markup=False)
 
 
 def _table(methods: dict[str, Any], eval_name: str) -> Table:
     # Without vertical lines it fits a terminal of 80 columns.
     table = Table(
-        title=f"on {eval_name}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
+        title=escape(f"on {eval_name}"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
     )
     table.add_column("classifier")
     for title in _COLUMNS.values():
@@ -151,7 +154,7 @@ def _clear_errors() -> Iterator[None]:
         if os.environ.get("SELFREG_TRACEBACK"):
             raise
         _errors.print("[bold red]error[/bold red] ", end="")
-        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True, emoji=False)
         raise typer.Exit(1) from error
 
 

@@ -12,6 +12,8 @@ from selfreg.utils.files import fingerprint_json, fingerprint_strings
 logger = logging.getLogger(__name__)
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# No name of a data set on the Hub ends so.
+_OTHER_FORMATS = {".txt", ".tsv", ".xlsx", ".xls", ".zip", ".gz", ".xz", ".arrow", ".pkl"}
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,18 @@ def load_rows(split: SplitRecipe) -> list[dict[str, Any]]:
             if not path.exists():
                 raise RecipeError(f"there is no file {split.path}")
             dataset = load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split=split.split)
+        elif path.is_file() or path.suffix.lower() in _OTHER_FORMATS or split.path.startswith((".", "/", "~")):
+            known = ", ".join(_FORMATS)
+            what = f"{split.path} is none of {known}" if path.is_file() else f"there is no file {split.path}"
+            raise RecipeError(f"{what}: texts are read from files that end on {known}, or from a data set on the Hub")
         else:
             dataset = load_dataset(split.path, split=split.split)
     except RecipeError:
         raise
     except Exception as error:
-        # datasets raises many kinds, of which few say which file they are about.
-        raise RecipeError(f"can't read {split.path} (split {split.split!r}): {error}") from error
+        # datasets raises many kinds, of which few say which file they are about, and hides the one that says why.
+        cause = error.__cause__ or error
+        raise RecipeError(f"can't read {split.path} (split {split.split!r}): {cause}") from error
     rows = dataset.to_list()
     if not rows:
         raise RecipeError(f"{split.path} (split {split.split!r}) holds no rows")
@@ -141,10 +148,17 @@ def _check(rows: list[dict[str, Any]], name: str, columns: list[str], data: Data
             raise RecipeError(f"data {name!r}: there is no column {column!r}; it has {', '.join(rows[0])}")
     for number, row in enumerate(rows):
         text = row[data.text]
-        if not isinstance(text, str) or not text.strip():
+        if text is not None and not isinstance(text, str):
+            raise RecipeError(f"data {name!r}: row {number} holds {text!r} in column {data.text!r}, which is no text")
+        if text is None or not text.strip():
             raise RecipeError(f"data {name!r}: row {number} has an empty text in column {data.text!r}: leave it out")
         if data.label in columns and row[data.label] is None:
             raise RecipeError(f"data {name!r}: row {number} has no label in column {data.label!r}")
+        if data.label in columns and not isinstance(row[data.label], str | int | float):
+            raise RecipeError(
+                f"data {name!r}: row {number} has the label {row[data.label]!r} in column {data.label!r}: a label is "
+                "one name or number"
+            )
 
 
 def _label_names(rows: list[dict[str, Any]], column: str) -> list[str]:

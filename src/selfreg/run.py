@@ -22,7 +22,7 @@ from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
 from selfreg.features.judge import load_rubric
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.heads import Heads
-from selfreg.recipe import ChatRecipe, Recipe
+from selfreg.recipe import ChatRecipe, Recipe, RecipeError
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae_stages import SAEStages
 from selfreg.stages import Stages, again
@@ -116,15 +116,18 @@ class _Run:
         for name, part in texts.items():
             folder = self.output / "activations" / name
             inputs = [self.states, "store", part]
-            _, there = self.stages.run(
+            self.stages.run(
                 f"activations-{name}",
                 inputs,
                 partial(self._extract, name, part, folder, self.stages.key_of(inputs)),
                 outputs=(folder / "manifest.json",),
             )
             stores[name] = ActivationStore(folder)
-            if not there:
-                logger.info("%s: %s tokens", name, f"{stores[name].num_tokens:,}")
+            if stores[name].num_full:
+                self.tell(
+                    f"{stores[name].num_full} of {len(part)} texts of {name} fill backbone.max_length="
+                    f"{self.recipe.backbone.max_length} tokens: what they have beyond is left out"
+                )
         return stores
 
     def _extract(self, name: str, texts: list[str], folder: Path, key: str) -> dict[str, int]:
@@ -211,6 +214,11 @@ class _Run:
         inputs = [self.base, catalog.info, recipe.model_dump(mode="json"), self._rubric(), train.fingerprint()]
         _, there = self.stages.run("unintended", inputs, work, outputs=(folder,))
         chosen = UnintendedFeatures.from_pretrained(folder)
+        if len(chosen) == 0:
+            raise RecipeError(
+                f"no unintended feature was found by features.{recipe.method}, so that there is nothing to keep off: "
+                "look at the features in catalog/features.parquet, and choose them in another way"
+            )
         self.tell(f"unintended features: {len(chosen)} of {len(catalog)}, chosen by {recipe.method}{again(there)}")
         return chosen
 

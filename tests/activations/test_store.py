@@ -152,3 +152,17 @@ def test_lost_and_damaged_shards_are_named(extractor: HiddenStateExtractor, text
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no activation store"):
         ActivationStore(tmp_path)
+
+
+def test_texts_that_fill_the_prompt_are_counted_and_told(
+    extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths = [len(extractor.tokenizer(text)["input_ids"]) for text in texts]
+    assert extractor.extract(texts, tmp_path / "whole").num_full == 0
+    assert not caplog.records
+    short = HiddenStateExtractor(extractor.backbone, extractor.tokenizer, layer=1, max_length=8, name="tiny")
+    store = short.extract(texts, tmp_path / "cut", shard_tokens=50)
+    assert store.num_full == sum(length >= 8 for length in lengths)
+    assert f"{store.num_full} of 60 texts fill max_length=8 tokens" in caplog.text
+    with pytest.raises(ValueError, match="texts must be a list of strings, not one string"):
+        extractor.extract("a fever", tmp_path / "one")

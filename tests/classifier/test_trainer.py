@@ -3,8 +3,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
+from datasets import Dataset, IterableDataset
+from transformers import (
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    TrainingArguments,
+)
 
 from conftest import tiny_backbone, word_tokenizer
 from helpers import make_classifier, make_sae
@@ -416,3 +422,28 @@ def test_head_on_another_device_than_the_states() -> None:
     for what in (head.logits, head.states):
         with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
             what(states)
+
+
+def test_own_collator_of_a_tokenised_dataset_does_not_meet_pooled_states(
+    frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    model = make_classifier(frozen)
+    collator = DataCollatorWithPadding(word_tokenizer())
+    RegularizedTrainer(
+        model=model, args=make_args(tmp_path), train_dataset=make_rows(texts), data_collator=collator
+    ).train()
+
+
+def test_what_a_trainer_script_gets_wrong_is_named(frozen: HiddenStateExtractor, tmp_path: Path) -> None:
+    model = make_classifier(frozen)
+    with pytest.raises(ValueError, match="args must be RegularizedTrainingArguments, not TrainingArguments"):
+        RegularizedTrainer(model=model, args=TrainingArguments(str(tmp_path)))  # type: ignore[arg-type]
+    for label in (0.7, None, "ill"):
+        rows = [{"text": "a fever", "label": 0}, {"text": "a cough", "label": label}]
+        with pytest.raises(ValueError, match=f"train_dataset: label {label!r} in row 1 is no class id"):
+            RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=rows)
+    stream = IterableDataset.from_generator(lambda: iter([{"text": "a fever", "label": 0}]))
+    with pytest.raises(ValueError, match="train_dataset is a stream"):
+        RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=stream)
+    with pytest.raises(ValueError, match=r"id2label must map class ids to names, .* got \['no', 'yes'\]"):
+        RegularizedSequenceClassifier.from_backbone(frozen, None, None, id2label=["no", "yes"])  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction, UnintendedFeatures
 from selfreg.features.catalog import FeatureRecord, sae_fingerprint
-from selfreg.features.selection import attribute_strength, keyword_near_peak, keyword_pattern
+from selfreg.features.selection import _attribute_reason, attribute_strength, keyword_near_peak, keyword_pattern
 from selfreg.features.spans import Span
 
 
@@ -87,7 +87,7 @@ def test_from_attribute_finds_the_words_of_the_attribute(
     store = extractor.extract(texts, tmp_path / "s")
     chosen = UnintendedFeatures.from_attribute(sae, store, gender, labels, max_features=5)
     assert 0 < len(chosen) <= 5
-    assert chosen.reasons[0].startswith("tells 'm' from the rest within a label: AUC")
+    assert chosen.reasons[0].startswith("fires for 'm' rather than 'f' within a label: AUC")
     # Told apart from any text by what the best feature does, not only by its own statement.
     best = chosen.feature_ids[0]
     shards = [next(iter(extractor.iterate([text]))) for text in texts]
@@ -172,3 +172,35 @@ def test_random_features_are_the_same_for_a_seed(sae: SAEForFeatureExtraction) -
     assert a == b
     assert len(set(a)) == 10
     assert a != UnintendedFeatures.from_random(sae, 10, seed=4).feature_ids
+
+
+def test_features_of_a_handful_of_texts_are_no_evidence(caplog: pytest.LogCaptureFixture) -> None:
+    z = np.zeros((60, 2))
+    groups = ["a"] * 30 + ["b"] * 30
+    z[30:34, 0] = 1  # active in four texts, all of one group
+    z[30:36, 1] = 1  # in six
+    _, p_values, _ = attribute_strength(z, groups, [0] * 60)
+    assert p_values[0] == 1.0
+    assert p_values[1] < 0.05
+    assert not caplog.records
+    attribute_strength(z, ["a"] * 55 + ["b"] * 5, [0] * 60)
+    assert "5 texts tell 'b' from the rest within a label: too few to tell features of it from chance" in caplog.text
+
+
+def test_reason_names_the_group_that_it_fires_for() -> None:
+    assert _attribute_reason("m", ["f", "m"], 0.08) == "fires for 'f' rather than 'm' within a label: AUC 0.920"
+    assert _attribute_reason("m", ["f", "m"], 0.9) == "fires for 'm' rather than 'f' within a label: AUC 0.900"
+    assert _attribute_reason("b", ["a", "b", "c"], 0.2).startswith("fires less for 'b' than for the rest")
+
+
+def test_strongest_on_keywords_comes_first(sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, ["she has a fever", "he has a cough"])
+    spans = [_span("", "She", " coughs")] * 4
+    for feature, density, mean in ((0, 0.1, 1.0), (1, 0.5, 1.0), (2, 0.2, 4.0)):
+        catalog.update(feature, spans=spans, density=density, mean_activation=mean)
+    for feature in range(3, len(catalog)):
+        catalog.update(feature, spans=[])
+    chosen = UnintendedFeatures.from_keywords(sae, catalog, ["she"])
+    assert chosen.feature_ids == [2, 1, 0]
+    with pytest.raises(ValueError, match=r"keywords must be a list of words, not one string: \['she'\]"):
+        UnintendedFeatures.from_keywords(sae, catalog, "she")

@@ -1,5 +1,6 @@
 """HiddenStateExtractor: texts -> hidden states of one layer of a backbone."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ from selfreg.activations.store import ActivationStore, StoreShard, StoreWriter
 from selfreg.utils.devices import default_device
 from selfreg.utils.files import fingerprint_strings
 from selfreg.utils.progress import Advance, progress
+
+logger = logging.getLogger(__name__)
 
 Prompt = tuple[list[int], int, int]
 
@@ -226,8 +229,8 @@ class HiddenStateExtractor:
             ValueError: an empty text, or a folder that holds another store.
             OSError: the disk is full; what was written before stays whole, and the next call goes on from there.
         """
-        texts = list(texts)
         check_texts(texts)
+        texts = list(texts)
         writer = StoreWriter(
             path,
             self.spec,
@@ -242,7 +245,15 @@ class HiddenStateExtractor:
             with progress(description, len(texts), "texts", done=writer.next_text) as advance:
                 for shard in self.iterate(texts, shard_tokens=shard_tokens, start=writer.next_text, advance=advance):
                     writer.write(shard)
-        return ActivationStore(path)
+        store = ActivationStore(path)
+        if store.num_full:
+            logger.warning(
+                "%d of %d texts fill max_length=%d tokens: what they have beyond is left out",
+                store.num_full,
+                store.num_texts,
+                self.spec.max_length,
+            )
+        return store
 
     def iterate(
         self, texts: Sequence[str], *, shard_tokens: int = 65_536, start: int = 0, advance: Advance | None = None
@@ -315,6 +326,7 @@ class HiddenStateExtractor:
             positions=torch.cat(position_list).int(),
             token_ids=torch.cat(token_ids).int(),
             cls_states=torch.stack([c for c in cls_states if c is not None]) if self.pooling == "cls" else None,
+            full_texts=sum(end - start >= self.layout.text_room for _, start, end in prompts),
         )
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[tuple[list[int], PromptBatch]]:
@@ -339,6 +351,8 @@ class HiddenStateExtractor:
 
 def check_texts(texts: Sequence[Any]) -> None:
     """Raises ValueError where there are no texts, or one is empty or not a string; names the row."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings, not one string: put it into a list")
     if len(texts) == 0:
         raise ValueError("there are no texts")
     for index, text in enumerate(texts):

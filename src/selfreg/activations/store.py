@@ -34,6 +34,7 @@ class StoreShard(NamedTuple):
         hidden_states (`[tokens, hidden_size]`): memory-mapped.
         text_ids, positions, token_ids (`[tokens]`, int32).
         cls_states (`[texts, hidden_size]`, *optional*).
+        full_texts (`int`): texts that fill the length of a prompt, and may have lost their end.
     """
 
     first_text: int
@@ -43,6 +44,7 @@ class StoreShard(NamedTuple):
     positions: Tensor
     token_ids: Tensor
     cls_states: Tensor | None = None
+    full_texts: int = 0
 
 
 class ActivationStore:
@@ -75,6 +77,7 @@ class ActivationStore:
         self.spec = HiddenStateSpec.from_dict(self.manifest["spec"])
         self.text_fingerprint: str = self.manifest["text_fingerprint"]
         self.num_texts: int = self.manifest["num_texts"]
+        self.num_full: int = sum(shard.get("full_texts", 0) for shard in self.manifest["shards"])
         self._offsets = np.cumsum([0, *(shard["tokens"] for shard in self.manifest["shards"])])
         self._states: dict[int, Tensor] = {}
 
@@ -233,7 +236,13 @@ class StoreWriter:
         save_tensors(self.path / name, tensors)
         tokens = len(shard.text_ids)
         self.manifest["shards"].append(
-            {"file": name, "first_text": shard.first_text, "end_text": shard.end_text, "tokens": tokens}
+            {
+                "file": name,
+                "first_text": shard.first_text,
+                "end_text": shard.end_text,
+                "tokens": tokens,
+                "full_texts": shard.full_texts,
+            }
         )
         self.manifest["shape"][0] += tokens
         self.manifest["complete"] = shard.end_text == self.manifest["num_texts"]

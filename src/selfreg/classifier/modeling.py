@@ -136,6 +136,8 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             if num_labels is None:
                 raise ValueError("give num_labels or id2label")
             id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+        elif not isinstance(id2label, dict):
+            raise ValueError(f"id2label must map class ids to names, such as {{0: 'no', 1: 'yes'}}; got {id2label!r}")
         elif num_labels is not None and num_labels != len(id2label):
             raise ValueError(f"num_labels={num_labels}, but id2label names {len(id2label)} labels")
         from selfreg import __version__

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +49,11 @@ class RegularizedTrainer(RegularizationMixin):
         unintended: Any = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, RegularizedTrainingArguments):
+            raise ValueError(
+                f"args must be RegularizedTrainingArguments, not {type(args).__name__}: TrainingArguments with the "
+                "weights of the two terms"
+            )
         own = isinstance(model, RegularizedSequenceClassifier)
         if own:
             if not model.backbone_is_frozen:
@@ -65,6 +71,8 @@ class RegularizedTrainer(RegularizationMixin):
             for name, part in {"train_dataset": train_dataset, **parts}.items():
                 _check_removal(part, model, name)
             if args.cache_states:
+                # The batches are then of pooled states, whatever the rows were.
+                kwargs["data_collator"] = ClassifierCollator(model.tokenizer, model.config.pad_id)
                 train_dataset = _cached(model, train_dataset)
                 if isinstance(eval_dataset, dict):
                     eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
@@ -210,6 +218,8 @@ def _check_dataset(dataset: Any, num_labels: int, name: str, *, training: bool) 
     """Labels of a dataset, after checks that would otherwise fail deep inside the first step."""
     if dataset is None:
         return []
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{name} is a stream: the standardisation and the dependence term need all of it at once")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty")
     columns = dataset[0].keys()
@@ -219,7 +229,8 @@ def _check_dataset(dataset: Any, num_labels: int, name: str, *, training: bool) 
         raise ValueError(f"{name} needs a column 'label' or 'labels'; it has {', '.join(columns)}")
     labels = _labels_of(dataset)
     for row, label in enumerate(labels):
-        if isinstance(label, str) or not 0 <= int(label) < num_labels:
+        is_id = isinstance(label, int | float | Tensor | np.generic) and float(label).is_integer()
+        if not is_id or not 0 <= int(label) < num_labels:
             raise ValueError(
                 f"{name}: label {label!r} in row {row} is no class id; the model has labels 0 to {num_labels - 1}"
             )

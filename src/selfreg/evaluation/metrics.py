@@ -31,7 +31,7 @@ _MIN_CELL = 10
 
 
 class GroupCell(TypedDict):
-    """Accuracy among the texts of one true label and one group, with a bootstrap interval."""
+    """Accuracy among the texts of one true label and one group, with its interval."""
 
     label: int
     group: str | int
@@ -182,44 +182,43 @@ def group_cells(
     groups: Groups,
     *,
     confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> list[GroupCell]:
-    """Size, accuracy and bootstrap percentile interval of every (label, group) cell that has a row.
+    """Size, accuracy and Wilson interval of every (label, group) cell that has a row.
 
-    A bootstrap sample of n rows of which a share p is right holds Binomial(n, p) right ones, so the resamples are
-    drawn from there: the very distribution of resampling, in memory that does not grow with n. The interval of a cell
-    where all rows are right (or all wrong) has no width, however small the cell: read it beside n.
+    The interval keeps its width where all rows are right (or all wrong), as it should: ten right answers of ten do not
+    show that there are no wrong ones.
 
     Args:
         predictions: `[N]` integers.
         labels: `[N]` integers.
         groups: `[N]`, see `evaluate_predictions`.
-        confidence: share of the bootstrap distribution inside the interval, above 0 and under 1.
-        resamples: bootstrap samples a cell.
-        seed: of the resampling; the same seed and rows give the same intervals.
+        confidence: of the interval, above 0 and under 1.
 
     Returns:
         One `GroupCell` a cell, sorted by label, then group.
 
     Raises:
-        ValueError: lengths that differ, values that are not labels or groups, or options out of range.
+        ValueError: lengths that differ, values that are not labels or groups, or a confidence out of range.
     """
+    from scipy.stats import binomtest
+
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}: pass 0.95 for a 95 % interval")
-    if resamples < 1:
-        raise ValueError(f"resamples must be 1 or more, got {resamples}")
     labels_M, codes_M, names, predictions_M = of_known_group(labels, groups, predictions)
     correct = predictions_M == labels_M
-    rng = np.random.default_rng(seed)
-    tail = (1 - confidence) / 2
     table: list[GroupCell] = []
     for label, code, rows in cells(labels_M, codes_M):
-        n = int(np.count_nonzero(rows))
-        accuracy = float(correct[rows].mean())
-        low, high = np.quantile(rng.binomial(n, accuracy, size=resamples) / n, [tail, 1 - tail])
+        n, right = int(np.count_nonzero(rows)), int(np.count_nonzero(correct[rows]))
+        interval = binomtest(right, n).proportion_ci(confidence, method="wilson")
         table.append(
-            GroupCell(label=label, group=names[code], n=n, accuracy=accuracy, low=float(low), high=float(high))
+            GroupCell(
+                label=label,
+                group=names[code],
+                n=n,
+                accuracy=right / n,
+                low=float(interval.low),
+                high=float(interval.high),
+            )
         )
     return table
 

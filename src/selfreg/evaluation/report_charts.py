@@ -224,6 +224,7 @@ def curves(
                 "showlegend": False,
                 "xaxis": axis | {"showgrid": False, "title": {"text": traces[0]["meta"], "standoff": 4}},
                 "yaxis": axis | {"hoverformat": ".4g", "type": "log" if logarithmic else "linear"}
+                | ({"dtick": 1, "exponentformat": "power"} if logarithmic else {})
                 | ({} if logarithmic or min(values) < 0 else {"rangemode": "tozero"}),
             }  # fmt: skip
             panels.append(

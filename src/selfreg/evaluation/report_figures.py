@@ -73,8 +73,14 @@ _SAE_FIGURES = {
     ),
     "l0": _Figure("Active features per token (L0)", 0, "How many features describe one token.", digits=1),
     "dead_fraction": _Figure("Dead features", -1, "Share of the features that no token activates.", percent=True),
+    "num_states": _Figure("Tokens", 0, "How many tokens these figures were taken over.", digits=0),
 }
-_SAE_COLUMNS = {"before": "Before fine-tuning", "after": "After fine-tuning"}
+_SAE_COLUMNS = {
+    "before": "Before fine-tuning",
+    "after": "After fine-tuning",
+    "before_finetuning": "Before fine-tuning",
+    "after_finetuning": "After fine-tuning",
+}
 
 METHODS = {
     "plain": "An ordinary linear classifier on the language model's hidden states.",
@@ -187,7 +193,7 @@ def headline(methods: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[li
         return [], []
     cost = changes("accuracy")[-1:]
     sentences = list(dict.fromkeys([first, *cost]))
-    use = [change for key in ("unintended_use", "unintended_dependence") for change in changes(key)]
+    use = [change for key in ("leakage", "unintended_use", "unintended_dependence") for change in changes(key)]
     return sentences, sentences + [change for change in use if change.eval_name == first.eval_name]
 
 
@@ -240,14 +246,16 @@ def _effect(change: float, figure: _Figure) -> str:
 
 
 def _with_sign(change: float, digits: int) -> str:
-    return ("+" if change > 0 else "±" if change == 0 else "") + show(change, digits)
+    # A ± would read as an error bar.
+    return "same" if change == 0 else ("+" if change > 0 else "") + show(change, digits)
 
 
 def sae(figures: Mapping[str, Any]) -> dict[str, Any] | None:
     """Rows of figures, and a column for every point of the training at which they were measured."""
     columns = {_SAE_COLUMNS.get(key, key): value for key, value in figures.items() if isinstance(value, Mapping)}
     final = {key: value for key, value in figures.items() if _is_scalar(value)}
-    if any(value is not None for value in final.values()) and final not in columns.values():
+    repeated = any(final.items() <= column.items() for column in columns.values())
+    if any(value is not None for value in final.values()) and not repeated:
         columns["On texts not trained on"] = final
     keys = union(columns.values())
     known = [key for key in _SAE_FIGURES if key in keys] + [key for key in keys if key not in _SAE_FIGURES]

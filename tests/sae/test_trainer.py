@@ -378,3 +378,11 @@ def test_two_processes_keep_the_same_weights(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_last_batch_of_one_state(tmp_path: Path) -> None:
+    trainer = SAETrainer(make_sae(), make_args(tmp_path, num_train_epochs=1), train_dataset=States(count=501))
+    trainer.train()
+    logged = [entry["fvu"] for entry in trainer.state.log_history if "fvu" in entry]
+    assert logged
+    assert all(0 < value < 10 for value in logged)

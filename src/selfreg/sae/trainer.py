@@ -104,7 +104,10 @@ class SAETrainer(PartsTrainer):
         if model.training:
             self._count_fired(sae, output.features.indices, output.features.values)
             aux = output.aux_loss if output.aux_loss is not None else 0.0
-            self.parts.add(fvu=output.fvu, l0=output.l0, aux_loss=aux, dead_fraction=dead_mask.float().mean())
+            self.parts.add(l0=output.l0, aux_loss=aux, dead_fraction=dead_mask.float().mean())
+            # One state, as the last batch of an epoch may be, has no variance to leave unexplained.
+            if states.shape[:-1].numel() > 1:
+                self.parts.add(fvu=output.fvu)
         return (output.loss, output) if return_outputs else output.loss
 
     def evaluate(  # type: ignore[override]

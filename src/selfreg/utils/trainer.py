@@ -57,6 +57,7 @@ class PartsTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.parts = LossParts()
+        self._losses: Tensor | float = 0.0
         self.add_callback(WholeCheckpoints())
         if any(isinstance(callback, StepProgress) for callback in self.callback_handler.callbacks):
             # It would print every log entry through the bar.
@@ -66,16 +67,24 @@ class PartsTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self._check_finite()
             parts = self.parts.flush()
-            for name, value in parts.items():
-                # The Trainer itself leaves losses that are not finite out of the mean that it logs.
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"training diverged before step {self.state.global_step}: {name} is {value}; lower "
-                        f"learning_rate={self.args.learning_rate}, or look for such values in the hidden states"
-                    )
             logs = {**logs, **parts}
         super().log(logs, start_time)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._losses = self._losses + loss.detach()
+        return loss
+
+    def _check_finite(self) -> None:
+        # The Trainer itself leaves losses that are not finite out of the mean that it logs.
+        total, self._losses = float(self._losses), 0.0
+        if not math.isfinite(total):
+            raise ValueError(
+                f"training diverged before step {self.state.global_step}: the loss is {total}; lower "
+                f"learning_rate={self.args.learning_rate}, or look for such values in the hidden states"
+            )
 
 
 class StepProgress(TrainerCallback):

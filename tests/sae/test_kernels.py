@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from selfreg.sae import kernels
-from selfreg.sae.kernels import gather_sum, sampled_dot, select_topk, sparse_decode, sparse_encode, topk
+from selfreg.sae.kernels import (
+    gather_sum,
+    sampled_dot,
+    select_topk,
+    sparse_autoencode,
+    sparse_decode,
+    sparse_encode,
+    topk,
+)
 
 
 def _inputs(states: int = 7, hidden: int = 6, features: int = 12) -> list[Tensor]:
@@ -85,3 +93,30 @@ def test_small_products_by_hand() -> None:
     values = torch.randn(5, 3)
     torch.testing.assert_close(sampled_dot(a, W, indices), torch.einsum("nd,nkd->nk", a, W[indices]))
     torch.testing.assert_close(gather_sum(values, indices, W), torch.einsum("nk,nkd->nd", values, W[indices]))
+
+
+def test_both_in_one_is_encoding_and_decoding_with_gradients() -> None:
+    def run(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+        return sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, 3)[:2]
+
+    assert torch.autograd.gradcheck(run, _inputs())
+    fast, dense = _inputs(), _inputs()
+    out, values, indices = sparse_autoencode(fast[0], fast[1], fast[2], fast[4], fast[3], 3)
+    wanted = _reference(*dense, 3) + dense[3]
+    torch.testing.assert_close(out, wanted)
+    # Gradients that come through the activations alone, as an L0 or L1 term would send them.
+    values.sum().backward()
+    dense_values = (dense[0] - dense[3]) @ dense[1].T + dense[2]
+    dense_values.gather(1, indices).relu().sum().backward()
+    for name, a, b in zip(("x", "W_enc", "b_enc", "b_dec"), fast[:4], dense[:4], strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    assert fast[4].grad is None
+
+
+def test_tied_weights_get_both_gradients() -> None:
+    x, W, b, b_dec, _ = _inputs()
+    dense = [tensor.detach().clone().requires_grad_() for tensor in (x, W, b, b_dec)]
+    sparse_autoencode(x, W, b, W, b_dec, 3)[0].pow(2).sum().backward()
+    (_reference(*dense, dense[1], 3) + dense[3]).pow(2).sum().backward()
+    for a, c in zip((x, W, b, b_dec), dense, strict=True):
+        torch.testing.assert_close(a.grad, c.grad)

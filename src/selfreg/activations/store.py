@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -45,6 +45,28 @@ class StoreShard(NamedTuple):
     token_ids: Tensor
     cls_states: Tensor | None = None
     full_texts: int = 0
+
+
+class StatesBatch(Sequence[dict[str, Tensor]]):
+    """Rows of a store as any collator takes them; one that knows of it takes the whole at once.
+
+    Attributes:
+        hidden_states (`[rows, hidden_size]`).
+    """
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        self.hidden_states = hidden_states
+
+    def __len__(self) -> int:
+        return len(self.hidden_states)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "StatesBatch": ...
+    def __getitem__(self, index: int | slice) -> "dict[str, Tensor] | StatesBatch":
+        states = self.hidden_states[index]
+        return StatesBatch(states) if isinstance(index, slice) else {"hidden_states": states}
 
 
 class ActivationStore:
@@ -100,9 +122,9 @@ class ActivationStore:
             raise IndexError(f"token {index} of a store with {len(self)}")
         return {"hidden_states": self.gather([index % len(self)])[0]}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+    def __getitems__(self, indices: Sequence[int]) -> "StatesBatch":
         # The name torch's DataLoader looks for: one gather for a whole batch, many times faster than row by row.
-        return [{"hidden_states": state} for state in self.gather(indices)]
+        return StatesBatch(self.gather(indices))
 
     def gather(self, indices: Sequence[int]) -> Tensor:
         """The states of the tokens `indices`, `[len(indices), hidden_size]`, float32."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from selfreg.activations.store import ActivationStore
+from selfreg.activations.store import ActivationStore, StatesBatch
 from selfreg.sae.configuration import SAEConfig
 
 
@@ -26,11 +26,13 @@ def gather_states(dataset: StatesDataset, indices: Sequence[int]) -> Tensor:
 
 
 def collate_states(rows: Sequence[Any]) -> dict[str, Tensor]:
-    """A batch from rows.
+    """A batch from rows, or from a `StatesBatch`.
 
     Raises:
         ValueError: the rows hold no `hidden_states`.
     """
+    if isinstance(rows, StatesBatch):
+        return {"hidden_states": rows.hidden_states}
     if not rows or "hidden_states" not in rows[0]:
         held = ", ".join(sorted(rows[0])) if rows else "nothing"
         raise ValueError(f"an SAE is trained on rows with 'hidden_states'; these hold {held}")

@@ -162,6 +162,56 @@ class _SparseDecode(torch.autograd.Function):
         return grad_values, None, grad_W
 
 
+class _SparseAutoencode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        centred_ND = x_ND - b_dec_D
+        values_NK, indices_NK, _ = select_topk(centred_ND, W_enc_FD, b_enc_F, k)
+        values_NK.relu_()
+        x_hat_ND = gather_sum(values_NK, indices_NK, W_dec_FD).add_(b_dec_D)
+        ctx.save_for_backward(centred_ND, W_enc_FD, W_dec_FD, values_NK, indices_NK)
+        ctx.mark_non_differentiable(indices_NK)
+        ctx.set_materialize_grads(False)
+        return x_hat_ND, values_NK, indices_NK
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        centred_ND, W_enc_FD, W_dec_FD, values_NK, indices_NK = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_x_hat_ND, grad_values_NK = grads[0], grads[1]
+        # Both weights are sorted by the same features: one sort serves them.
+        transposed = _Transposed(indices_NK, len(W_enc_FD))
+        grad_W_dec = grad_b_dec = None
+        if grad_x_hat_ND is not None:
+            grad_x_hat_ND = grad_x_hat_ND.contiguous()
+            through = sampled_dot(grad_x_hat_ND, W_dec_FD, indices_NK)
+            grad_values_NK = through if grad_values_NK is None else through + grad_values_NK
+            grad_W_dec = transposed.outer_sum(values_NK, grad_x_hat_ND)
+            grad_b_dec = grad_x_hat_ND.sum(dim=0)
+        if grad_values_NK is None:
+            return None, None, None, grad_W_dec, grad_b_dec, None
+        grad_NK = grad_values_NK * (values_NK > 0)
+        grad_W_enc = transposed.outer_sum(grad_NK, centred_ND)
+        grad_b_enc = torch.zeros_like(W_enc_FD[:, 0]).index_add_(0, indices_NK.reshape(-1), grad_NK.reshape(-1))
+        grad_pre_D = grad_b_enc @ W_enc_FD
+        grad_b_dec = -grad_pre_D if grad_b_dec is None else grad_b_dec - grad_pre_D
+        grad_x = gather_sum(grad_NK, indices_NK, W_enc_FD) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None
+
+
+def sparse_autoencode(
+    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sparse_encode` and `sparse_decode` in one: x̂ = TopK(ReLU(W_enc (x - b_dec) + b_enc)) W_dec + b_dec.
+
+    Returns:
+        x̂ `[N, D]`, values `[N, K]`, indices `[N, K]`; the first two differentiable in all tensors.
+    """
+    x_hat, values, indices = _SparseAutoencode.apply(x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k)
+    return x_hat, values, indices
+
+
 def sparse_encode(
     x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_pre_D: Tensor, k: int, *, rectify: bool = True
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from selfreg.sae.configuration import SAEConfig
-from selfreg.sae.kernels import select_topk, sparse_decode, sparse_encode
+from selfreg.sae.kernels import select_topk, sparse_autoencode, sparse_decode, sparse_encode
 
 _COUNTERS = frozenset({"tokens_since_fired", "dead_on_task"})
 """Buffers that only training reads; a converted SAE may lack them."""
@@ -222,9 +222,14 @@ class SAEForFeatureExtraction(PreTrainedModel):
             loss, live_loss, dead_loss = self.task_loss(hidden_states, dead, dead_loss_weight)
             return SAEOutput(loss, live_loss=live_loss, aux_loss=dead_loss)
         x = self.normalize(hidden_states)
-        features = self._encode(x, k or self.config.k)
-        x_hat = self._decode(features)
-        loss = normalized_error(x, x_hat)
+        flat = x.reshape(-1, x.shape[-1])
+        k = k or self.config.k
+        flat_hat, values, indices = sparse_autoencode(flat, self.W_enc, self.b_enc, self.decoder_weight, self.b_dec, k)
+        x_hat = flat_hat.view_as(x)
+        shape = (*x.shape[:-1], k)
+        features = SparseFeatures(indices.view(shape), values.view(shape), self.config.num_features)
+        error = (flat - flat_hat).pow(2).sum()
+        loss = error / flat.pow(2).sum().clamp_min(torch.finfo(x.dtype).tiny)
         aux_loss = None
         if dead is not None and aux_coefficient > 0:
             # Zero, not an index error, where nothing is dead.
@@ -233,9 +238,8 @@ class SAEForFeatureExtraction(PreTrainedModel):
                 aux_loss = self.residual_loss(x, x_hat.detach(), ids, self.config.hidden_size // 2)
                 loss = loss + aux_coefficient * aux_loss
         with torch.no_grad():
-            flat = x.reshape(-1, x.shape[-1])
-            variance = (flat - flat.mean(dim=0)).pow(2).sum()
-            fvu = (x - x_hat).pow(2).sum() / variance.clamp_min(torch.finfo(x.dtype).tiny)
+            variance = flat.var(dim=0, correction=0).sum() * len(flat)
+            fvu = error / variance.clamp_min(torch.finfo(x.dtype).tiny)
             l0 = (features.values > 0).sum(dim=-1).float().mean()
         return SAEOutput(loss, x_hat * self.scale + self.mean, features, fvu, l0, aux_loss)
 

@@ -281,6 +281,33 @@ class SAEForFeatureExtraction(PreTrainedModel):
         return live_loss + dead_weight * dead_loss, live_loss, dead_loss
 
     @torch.no_grad()
+    def project_decoder_gradient(self) -> None:
+        """Takes out of the decoder's gradient what would only change the length of a direction.
+
+        Nothing to do without `normalize_decoder`; a tied weight is the encoder too, whose length is free.
+        """
+        weight = self.decoder_weight
+        if self.config.normalize_decoder and not self.config.tied and weight.grad is not None:
+            along = torch.linalg.vecdot(weight.grad, weight).unsqueeze(1)
+            weight.grad.addcmul_(along, weight, value=-1)
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Gives decoder directions unit length, if the config says so."""
+        if self.config.normalize_decoder:
+            weight = self.decoder_weight
+            weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def count_fired(self, features: SparseFeatures) -> None:
+        """Counts up the states since each feature was active."""
+        self.tokens_since_fired += features.values.shape[:-1].numel()
+        # Where a value is 0, what stands there did not fire; it is sent to a place behind the last feature.
+        fired = features.indices.masked_fill(features.values <= 0, self.config.num_features).flatten()
+        counters = torch.cat([self.tokens_since_fired, self.tokens_since_fired.new_zeros(1)])
+        self.tokens_since_fired.copy_(counters.index_fill_(0, fired, 0)[:-1])
+
+    @torch.no_grad()
     def max_preactivations(self, hidden_states: Tensor) -> Tensor:
         """The largest pre-activation of every feature over raw states `[N, hidden_size]` -> `[num_features]`."""
         x = self.normalize(hidden_states) - self.b_dec

@@ -11,7 +11,7 @@ from selfreg import __version__
 from selfreg.activations.store import ActivationStore
 from selfreg.sae.data import StatesDataset, check_states, collate_states, iterate_states, sample_states
 from selfreg.sae.modeling import SAEForFeatureExtraction
-from selfreg.sae.statistics import evaluate_sae, fired_features
+from selfreg.sae.statistics import evaluate_sae
 from selfreg.sae.training_args import SAETrainingArguments
 from selfreg.utils.trainer import PartsTrainer
 
@@ -102,7 +102,7 @@ class SAETrainer(PartsTrainer):
         dead_mask = sae.tokens_since_fired >= self._dead_after()
         output = model(states, k=self._current_k(), dead=dead_mask, aux_coefficient=self.args.aux_coefficient)
         if model.training:
-            self._count_fired(sae, output.features.indices, output.features.values)
+            sae.count_fired(output.features)
             aux = output.aux_loss if output.aux_loss is not None else 0.0
             self.parts.add(l0=output.l0, aux_loss=aux, dead_fraction=dead_mask.float().mean())
             # One state, as the last batch of an epoch may be, has no variance to leave unexplained.
@@ -161,11 +161,6 @@ class SAETrainer(PartsTrainer):
         seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
         return min(10_000_000, max(1, seen // 10))
 
-    def _count_fired(self, sae: SAEForFeatureExtraction, indices: Tensor, values: Tensor) -> None:
-        fired = fired_features(indices, values, sae.config.num_features)
-        sae.tokens_since_fired += indices.shape[:-1].numel()
-        sae.tokens_since_fired[fired] = 0
-
     def _fit_normalization(self) -> None:
         """Centres on the mean and scales to a mean squared norm of hidden_size, from up to 65,536 states."""
         states = sample_states(self.train_dataset, _NORMALIZATION_STATES).double()  # type: ignore[arg-type]
@@ -178,25 +173,15 @@ class SAETrainer(PartsTrainer):
 class _UnitNormDecoder(TrainerCallback):
     """Keeps decoder directions at unit length: no gradient along them, and renormalised after each step."""
 
-    @torch.no_grad()
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        sae: SAEForFeatureExtraction = kwargs["model"]
-        weight = sae.decoder_weight
-        # A tied weight is the encoder too, whose length is free to guide the step; only renormalise it.
-        if sae.config.normalize_decoder and not sae.config.tied and weight.grad is not None:
-            along = (weight.grad * weight).sum(dim=1, keepdim=True)
-            weight.grad.addcmul_(along, weight, value=-1)
+        kwargs["model"].project_decoder_gradient()
 
-    @torch.no_grad()
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        sae: SAEForFeatureExtraction = kwargs["model"]
-        if sae.config.normalize_decoder:
-            weight = sae.decoder_weight
-            weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-12))
+        kwargs["model"].normalize_decoder()
 
 
 class _TaskSplit(TrainerCallback):

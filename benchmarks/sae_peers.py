@@ -1,0 +1,123 @@
+"""One training step and one encoding of other libraries' TopK SAEs, through their own code.
+
+Each maker takes the width of the states, the number of features and k, and gives `step(x)` and `encode(x)`. Imports
+are inside: a peer that is missing or broken is named by the benchmark and does not stop the others.
+"""
+
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[Tensor], Any]
+Maker = Callable[[int, int, int], tuple[Step, Step]]
+
+_TOTAL_STEPS = 10_000
+
+
+def saelens(width: int, features: int, k: int) -> tuple[Step, Step]:
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=k))
+    settings = SAETrainerConfig(
+        total_training_samples=2048 * _TOTAL_STEPS, train_batch_size_samples=2048, lr=1e-3, lr_end=1e-4
+    )
+    trainer = SAETrainer(settings, sae, iter(()))
+
+    def step(x: Tensor) -> float:
+        loss = float(trainer.step(x).loss.detach())
+        trainer.n_training_steps += 1
+        return loss
+
+    return step, sae.encode
+
+
+def sparsify(width: int, features: int, k: int) -> tuple[Step, Step]:
+    # With Triton installed it takes Triton's kernels on a CPU too, where they fail.
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify.config import SparseCoderConfig
+    from sparsify.sign_sgd import SignSGD
+    from sparsify.sparse_coder import SparseCoder
+
+    sae = SparseCoder(width, SparseCoderConfig(num_latents=features, k=k), device="cpu", dtype=torch.float32)
+    rate = 5e-3 / (features / 2**14) ** 0.5
+    optimizer = ScheduleFreeWrapper(SignSGD([{"params": sae.parameters(), "lr": rate}]), momentum=0.95)
+    optimizer.train()
+    since = torch.zeros(features, dtype=torch.long)
+
+    def step(x: Tensor) -> float:
+        """The body of its Trainer: hook and optimizer."""
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x=x, y=x, dead_mask=None)
+        loss = out.fvu + 0.0 * out.auxk_loss + out.multi_topk_fvu / 8
+        loss.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        since.add_(len(x))
+        since[out.latent_indices.flatten()] = 0
+        return float(out.fvu.detach())
+
+    return step, sae.encode
+
+
+def dictionary_learning(width: int, features: int, k: int) -> tuple[Step, Step]:
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    trainer = TopKTrainer(
+        steps=_TOTAL_STEPS,
+        activation_dim=width,
+        dict_size=features,
+        k=k,
+        layer=0,
+        lm_name="none",
+        lr=1e-3,
+        device="cpu",
+        seed=0,
+    )
+    number = iter(range(_TOTAL_STEPS))
+    return lambda x: trainer.update(next(number), x), trainer.ae.encode
+
+
+def overcomplete(width: int, features: int, k: int) -> tuple[Step, Step]:
+    _without_vision()
+    from overcomplete.sae import TopKSAE, train_sae
+
+    sae = TopKSAE(width, features, top_k=k)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+
+    def criterion(x: Tensor, x_hat: Tensor, _pre: Tensor, _codes: Tensor, _dictionary: Tensor) -> Tensor:
+        return (x - x_hat).pow(2).mean()
+
+    return lambda x: train_sae(sae, [x], criterion, optimizer, nb_epochs=1, monitoring=0), sae.encode
+
+
+def _without_vision() -> None:
+    """overcomplete imports torchvision and timm for its image models, which are not measured here."""
+    names = ("torchvision", "torchvision.transforms", "timm")
+    for name in names:
+        sys.modules.setdefault(name, types.ModuleType(name))
+    for name in ("Compose", "Resize", "CenterCrop", "ToTensor", "Normalize"):
+        setattr(sys.modules["torchvision.transforms"], name, object)
+    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]  # type: ignore[attr-defined]
+    import matplotlib
+    import matplotlib.cm
+
+    if not hasattr(matplotlib.cm, "get_cmap"):
+        # overcomplete 0.3 with a newer matplotlib.
+        matplotlib.cm.get_cmap = lambda name=None, *_: matplotlib.colormaps[name]
+
+
+PEERS: dict[str, Maker] = {
+    "SAELens": saelens,
+    "sparsify": sparsify,
+    "dictionary-learning": dictionary_learning,
+    "overcomplete": overcomplete,
+}

@@ -379,9 +379,12 @@ def test_no_feature_found_is_no_success(folder: Path, tmp_path: Path) -> None:
         run_recipe(recipe)
 
 
-def test_cut_texts_are_told(folder: Path, tmp_path: Path) -> None:
+def test_cut_texts_are_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = values(folder, tmp_path / "out")
     recipe["backbone"]["max_length"] = 4
+    run_recipe(Recipe.from_dict(recipe))
+    assert "160 of 160 texts fill max_length=4 tokens" in caplog.text
+    # Again where the extraction is skipped.
     lines: list[str] = []
     run_recipe(Recipe.from_dict(recipe), tell=lines.append)
     assert any("160 of 160 texts of train fill backbone.max_length=4 tokens" in line for line in lines)

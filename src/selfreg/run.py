@@ -116,14 +116,14 @@ class _Run:
         for name, part in texts.items():
             folder = self.output / "activations" / name
             inputs = [self.states, "store", part]
-            self.stages.run(
+            _, there = self.stages.run(
                 f"activations-{name}",
                 inputs,
                 partial(self._extract, name, part, folder, self.stages.key_of(inputs)),
                 outputs=(folder / "manifest.json",),
             )
             stores[name] = ActivationStore(folder)
-            if stores[name].num_full:
+            if there and stores[name].num_full:  # the extractor itself says it the first time
                 self.tell(
                     f"{stores[name].num_full} of {len(part)} texts of {name} fill backbone.max_length="
                     f"{self.recipe.backbone.max_length} tokens: what they have beyond is left out"

@@ -228,8 +228,9 @@ class SAEForFeatureExtraction(PreTrainedModel):
         x_hat = flat_hat.view_as(x)
         shape = (*x.shape[:-1], k)
         features = SparseFeatures(indices.view(shape), values.view(shape), self.config.num_features)
-        error = (flat - flat_hat).pow(2).sum()
-        loss = error / flat.pow(2).sum().clamp_min(torch.finfo(x.dtype).tiny)
+        error, energy = (flat - flat_hat).pow(2).sum(), flat.pow(2).sum()
+        tiny = torch.finfo(x.dtype).tiny
+        loss = error / energy.clamp_min(tiny)
         aux_loss = None
         if dead is not None and aux_coefficient > 0:
             # Zero, not an index error, where nothing is dead.
@@ -238,8 +239,9 @@ class SAEForFeatureExtraction(PreTrainedModel):
                 aux_loss = self.residual_loss(x, x_hat.detach(), ids, self.config.hidden_size // 2)
                 loss = loss + aux_coefficient * aux_loss
         with torch.no_grad():
-            variance = flat.var(dim=0, correction=0).sum() * len(flat)
-            fvu = error / variance.clamp_min(torch.finfo(x.dtype).tiny)
+            # x is centred on the mean of the data: what is subtracted is small.
+            variance = energy - flat.mean(dim=0).pow(2).sum() * len(flat)
+            fvu = error / variance.clamp_min(tiny)
             l0 = (features.values > 0).sum(dim=-1).float().mean()
         return SAEOutput(loss, x_hat * self.scale + self.mean, features, fvu, l0, aux_loss)
 

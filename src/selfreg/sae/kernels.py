@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from selfreg.sae.screening import can_screen, screened_topk
+
 _CHUNK_ELEMENTS = 1 << 24
 """Pre-activations held at once (64 MB in float32), whatever the number of states and features."""
 
@@ -41,6 +43,24 @@ def select_topk(
         if maxima is not None:
             maxima = torch.maximum(maxima, pre_NF.amax(dim=0))
     return values, indices, maxima
+
+
+def select_active(x_ND: Tensor, W_enc_FD: Tensor, bias_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`TopK(ReLU(x @ W_enc.T + bias))`: values `[N, K]`, indices `[N, K]` in no order."""
+    num_states, num_features = len(x_ND), len(W_enc_FD)
+    if not can_screen(x_ND, num_features, k):
+        values, indices, _ = select_topk(x_ND, W_enc_FD, bias_F, k)
+        return values.relu_(), indices
+    W16_FD = W_enc_FD.bfloat16()
+    rows = max(1, min(num_states, _CHUNK_ELEMENTS // num_features))
+    values = x_ND.new_empty(num_states, k)
+    indices = torch.empty(num_states, k, dtype=torch.long)
+    for start in range(0, num_states, rows):
+        chunk = x_ND[start : start + rows]
+        buffer = _buffer(len(chunk), num_features, W16_FD)
+        part = slice(start, start + rows)
+        values[part], indices[part] = screened_topk(chunk, W_enc_FD, W16_FD, bias_F, k, buffer)
+    return values, indices
 
 
 def topk(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -129,9 +149,10 @@ class _SparseEncode(torch.autograd.Function):
         ctx: FunctionCtx, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_pre_D: Tensor, k: int, rectify: bool
     ) -> tuple[Tensor, Tensor]:
         centred_ND = x_ND - b_pre_D
-        values_NK, indices_NK, _ = select_topk(centred_ND, W_enc_FD, b_enc_F, k)
         if rectify:
-            values_NK.relu_()
+            values_NK, indices_NK = select_active(centred_ND, W_enc_FD, b_enc_F, k)
+        else:
+            values_NK, indices_NK, _ = select_topk(centred_ND, W_enc_FD, b_enc_F, k)
         ctx.rectify = rectify  # type: ignore[attr-defined]
         ctx.save_for_backward(centred_ND, W_enc_FD, values_NK, indices_NK)
         ctx.mark_non_differentiable(indices_NK)
@@ -168,8 +189,7 @@ class _SparseAutoencode(torch.autograd.Function):
         ctx: FunctionCtx, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         centred_ND = x_ND - b_dec_D
-        values_NK, indices_NK, _ = select_topk(centred_ND, W_enc_FD, b_enc_F, k)
-        values_NK.relu_()
+        values_NK, indices_NK = select_active(centred_ND, W_enc_FD, b_enc_F, k)
         x_hat_ND = gather_sum(values_NK, indices_NK, W_dec_FD).add_(b_dec_D)
         ctx.save_for_backward(centred_ND, W_enc_FD, W_dec_FD, values_NK, indices_NK)
         ctx.mark_non_differentiable(indices_NK)

@@ -1,32 +1,49 @@
 """One training step and one encoding of other libraries' TopK SAEs, through their own code.
 
-Each maker takes the width of the states, the number of features and k, and gives `step(x)` and `encode(x)`. Imports
-are inside: a peer that is missing or broken is named by the benchmark and does not stop the others.
+Each maker takes the width of the states, the number of features, k, and the steps that training will take (for
+schedules). Imports are inside: a peer that is missing or broken is named and does not stop the others.
 """
 
+import itertools
 import os
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Step = Callable[[Tensor], Any]
-Maker = Callable[[int, int, int], tuple[Step, Step]]
-
-_TOTAL_STEPS = 10_000
 
 
-def saelens(width: int, features: int, k: int) -> tuple[Step, Step]:
+class Method(NamedTuple):
+    """A TopK SAE of some library.
+
+    Attributes:
+        step: a training step on states `[batch, width]`.
+        encode: what the library calls so.
+        reconstruct: states -> their reconstruction.
+        activations: states -> which features are active, `[batch, num_features]`, zero where not.
+    """
+
+    step: Step
+    encode: Step
+    reconstruct: Callable[[Tensor], Tensor]
+    activations: Callable[[Tensor], Tensor]
+
+
+Maker = Callable[[int, int, int, int], Method]
+
+
+def saelens(width: int, features: int, k: int, steps: int) -> Method:
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=k))
     settings = SAETrainerConfig(
-        total_training_samples=2048 * _TOTAL_STEPS, train_batch_size_samples=2048, lr=1e-3, lr_end=1e-4
+        total_training_samples=2048 * steps, train_batch_size_samples=2048, lr=1e-3, lr_end=1e-4
     )
     trainer = SAETrainer(settings, sae, iter(()))
 
@@ -35,10 +52,14 @@ def saelens(width: int, features: int, k: int) -> tuple[Step, Step]:
         trainer.n_training_steps += 1
         return loss
 
-    return step, sae.encode
+    def activations(x: Tensor) -> Tensor:
+        found = sae.encode(x)
+        return found.to_dense() if found.is_sparse else found
+
+    return Method(step, sae.encode, lambda x: sae.decode(sae.encode(x)), activations)
 
 
-def sparsify(width: int, features: int, k: int) -> tuple[Step, Step]:
+def sparsify(width: int, features: int, k: int, steps: int) -> Method:
     # With Triton installed it takes Triton's kernels on a CPU too, where they fail.
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     from schedulefree import ScheduleFreeWrapper
@@ -65,14 +86,18 @@ def sparsify(width: int, features: int, k: int) -> tuple[Step, Step]:
         since[out.latent_indices.flatten()] = 0
         return float(out.fvu.detach())
 
-    return step, sae.encode
+    def activations(x: Tensor) -> Tensor:
+        found = sae.encode(x)
+        return torch.zeros(len(x), features).scatter(1, found.top_indices, found.top_acts)
+
+    return Method(step, sae.encode, lambda x: sae(x=x, y=x, dead_mask=None).sae_out, activations)
 
 
-def dictionary_learning(width: int, features: int, k: int) -> tuple[Step, Step]:
+def dictionary_learning(width: int, features: int, k: int, steps: int) -> Method:
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
-        steps=_TOTAL_STEPS,
+        steps=max(steps, 2000),
         activation_dim=width,
         dict_size=features,
         k=k,
@@ -82,11 +107,12 @@ def dictionary_learning(width: int, features: int, k: int) -> tuple[Step, Step]:
         device="cpu",
         seed=0,
     )
-    number = iter(range(_TOTAL_STEPS))
-    return lambda x: trainer.update(next(number), x), trainer.ae.encode
+    number = itertools.count()
+    sae = trainer.ae
+    return Method(lambda x: trainer.update(next(number), x), sae.encode, sae, sae.encode)
 
 
-def overcomplete(width: int, features: int, k: int) -> tuple[Step, Step]:
+def overcomplete(width: int, features: int, k: int, steps: int) -> Method:
     _without_vision()
     from overcomplete.sae import TopKSAE, train_sae
 
@@ -96,7 +122,10 @@ def overcomplete(width: int, features: int, k: int) -> tuple[Step, Step]:
     def criterion(x: Tensor, x_hat: Tensor, _pre: Tensor, _codes: Tensor, _dictionary: Tensor) -> Tensor:
         return (x - x_hat).pow(2).mean()
 
-    return lambda x: train_sae(sae, [x], criterion, optimizer, nb_epochs=1, monitoring=0), sae.encode
+    def step(x: Tensor) -> None:
+        train_sae(sae, [x], criterion, optimizer, nb_epochs=1, monitoring=0)
+
+    return Method(step, sae.encode, lambda x: sae.decode(sae.encode(x)[1]), lambda x: sae.encode(x)[1])
 
 
 def _without_vision() -> None:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,12 +31,10 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from sae_peers import PEERS
+from sae_peers import PEERS, Step
 from selfreg import ActivationStore, SAEConfig, SAEForFeatureExtraction, SAETrainer, SAETrainingArguments
 from selfreg.activations.spec import HiddenStateSpec
 from selfreg.activations.store import StoreShard, StoreWriter
-
-Step = Callable[[Tensor], object]
 
 
 def states(count: int, width: int, seed: int = 0) -> Tensor:
@@ -80,7 +79,7 @@ def product(width: int, features: int, _k: int) -> Step:
     return lambda x: x @ weight.T
 
 
-def naive_step(width: int, features: int, k: int) -> tuple[Step, Step]:
+def naive_step(width: int, features: int, k: int, _steps: int) -> tuple[Step, Step]:
     """Dense, by autograd, with fused Adam: what one would write in ten lines."""
     torch.manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(features, width), dim=1)
@@ -176,11 +175,15 @@ def measure(options: argparse.Namespace, features: int, console: Console) -> Tab
     x = states(16 * batch, width)
     batches = list(x.split(batch))
     methods: dict[str, tuple[Step, Step]] = {"selfreg": selfreg_step(width, features, k)}
-    for name, make in {"naive dense step, fused Adam": naive_step, **PEERS}.items():
+    makers: dict[str, Callable[[int, int, int, int], tuple[Any, ...]]] = {
+        "naive dense step, fused Adam": naive_step,
+        **PEERS,
+    }
+    for name, make in makers.items():
         if options.only and name not in options.only:
             continue
         try:
-            methods[name] = make(width, features, k)
+            methods[name] = make(width, features, k, 2000)[:2]
             methods[name][0](batches[0])
             with torch.inference_mode():
                 methods[name][1](batches[0])

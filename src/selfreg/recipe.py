@@ -77,8 +77,8 @@ class SAERecipe(_Part):
 
     from_pretrained: str | None = Field(None, description="Hub id or folder of an SAE: skips pre-training.")
     num_features: int = Field(4608, ge=1)
-    activation: Literal["topk"] = "topk"
-    k: int = Field(32, ge=1, description="Active features of a token.")
+    activation: Literal["topk", "batch_topk"] = Field("topk", description="How few features are chosen.")
+    k: int = Field(32, ge=1, description="Active features of a token; on average for batch_topk.")
     pretrain: PretrainRecipe = Field(default_factory=PretrainRecipe)
     finetune: FinetuneRecipe | None = Field(default_factory=FinetuneRecipe, description="null: none.")
 

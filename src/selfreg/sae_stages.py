@@ -95,7 +95,12 @@ class SAEStages:
             sae = SAEForFeatureExtraction.from_pretrained(recipe.from_pretrained)
         else:
             self.tell(f"SAE: {recipe.num_features} features, k = {recipe.k}, on {store.num_tokens:,} tokens")
-            config = SAEConfig(hidden_size=store.hidden_size, num_features=recipe.num_features, k=recipe.k)
+            config = SAEConfig(
+                hidden_size=store.hidden_size,
+                num_features=recipe.num_features,
+                activation=recipe.activation,
+                k=recipe.k,
+            )
             sae = SAEForFeatureExtraction(config)
             part = recipe.pretrain
             history = self._train_sae(sae, store, "pretrain", part.epochs, part.learning_rate, part.batch_size, key)

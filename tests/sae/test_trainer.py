@@ -11,51 +11,16 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from conftest import tiny_backbone, word_tokenizer
+from sae_helpers import States, make_args, make_sae
 from selfreg import (
     ActivationStore,
     HiddenStateExtractor,
-    SAEConfig,
     SAEForFeatureExtraction,
     SAETrainer,
-    SAETrainingArguments,
 )
 from selfreg.sae.data import sample_states
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.utils.trainer import last_whole_checkpoint
-
-
-class States:
-    """A mixture of sparse directions, as hidden states are."""
-
-    def __init__(self, count: int = 1000, width: int = 16, seed: int = 0, dictionary: int = 0) -> None:
-        directions = torch.randn(24, width, generator=torch.Generator().manual_seed(100 + dictionary))
-        generator = torch.Generator().manual_seed(seed)
-        weights = torch.rand(count, 24, generator=generator) * (torch.rand(count, 24, generator=generator) < 0.15)
-        self.states = 3 + weights @ directions + 0.02 * torch.randn(count, width, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"hidden_states": self.states[index]}
-
-
-def make_sae(width: int = 16, **kwargs: Any) -> SAEForFeatureExtraction:
-    torch.manual_seed(0)
-    return SAEForFeatureExtraction(SAEConfig(hidden_size=width, num_features=48, k=4, **kwargs))
-
-
-def make_args(folder: Path, **kwargs: Any) -> SAETrainingArguments:
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 100,
-        "num_train_epochs": 10,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 5,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return SAETrainingArguments(str(folder), **{**defaults, **kwargs})
 
 
 def test_pretraining_learns_and_logs_its_parts(tmp_path: Path) -> None:
@@ -345,7 +310,7 @@ _TWO_PROCESSES = """
 import os
 import sys
 import torch
-from test_trainer import States, make_args, make_sae
+from sae_helpers import States, make_args, make_sae
 from selfreg import SAETrainer
 
 for objective in ("pretrain", "finetune"):
@@ -368,7 +333,7 @@ os._exit(0)
 def test_two_processes_keep_the_same_weights(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(_TWO_PROCESSES)
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    paths = str(Path(__file__).parents[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(
         [*command, str(tmp_path)],

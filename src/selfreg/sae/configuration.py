@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from selfreg.activations.spec import HiddenStateSpec
 
-ACTIVATIONS = ("topk",)
+ACTIVATION_NAMES = ("topk", "batch_topk")
 
 
 @strict
@@ -18,8 +18,9 @@ class SAEConfig(PreTrainedConfig):
     Args:
         hidden_size (`int`): width of the hidden states.
         num_features (`int`, defaults to 4608): number of latent features.
-        activation (`str`, defaults to `"topk"`): how few features are chosen for a state. Only `"topk"` so far.
-        k (`int`, defaults to 32): features that are active in a state.
+        activation (`str`, defaults to `"topk"`): how few features are chosen: `"topk"`, the k largest of each state;
+            `"batch_topk"`, k of a state on average over a batch, and above a learned threshold in inference.
+        k (`int`, defaults to 32): features that are active in a state, on average for `"batch_topk"`.
         tied (`bool`, defaults to `False`): whether the encoder directions are the decoder directions.
         normalize_decoder (`bool`, defaults to `True`): whether decoder directions are kept at unit length.
         base_model_name_or_path (`str`, *optional*): the backbone whose states it was trained on.
@@ -59,8 +60,10 @@ class SAEConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.k > self.num_features:
             raise ValueError(f"k={self.k} is over num_features={self.num_features}: a state has no more features")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is not known; choose one of {', '.join(ACTIVATIONS)}")
+        if self.activation not in ACTIVATION_NAMES:
+            raise ValueError(
+                f"activation={self.activation!r} is not known; choose one of {', '.join(ACTIVATION_NAMES)}"
+            )
 
     def set_hidden_state_spec(self, spec: HiddenStateSpec) -> None:
         """Notes the states that the SAE is trained on.

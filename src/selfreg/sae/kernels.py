@@ -6,6 +6,7 @@ state only. Shapes: N states, D hidden size, F features, K active features of a 
 
 import math
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -17,6 +18,9 @@ from selfreg.sae.screening import can_screen, screened_topk
 
 _CHUNK_ELEMENTS = 1 << 24
 """Pre-activations held at once (64 MB in float32), whatever the number of states and features."""
+
+Select = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Centred states, encoder rows, their biases and k -> values `[N, K]` and indices `[N, K]` of the active features."""
 
 _local = threading.local()
 
@@ -61,6 +65,27 @@ def select_active(x_ND: Tensor, W_enc_FD: Tensor, bias_F: Tensor, k: int) -> tup
         part = slice(start, start + rows)
         values[part], indices[part] = screened_topk(chunk, W_enc_FD, W16_FD, bias_F, k, buffer)
     return values, indices
+
+
+def select_above(x_ND: Tensor, W_enc_FD: Tensor, bias_F: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """What of `x @ W_enc.T + bias` is above a threshold (`[]`, or `[F]`, one a feature), in chunks of states.
+
+    Returns:
+        values `[N, K]` and indices `[N, K]`, K being the most that a state has (1 at least); 0 where a place is not
+        used.
+    """
+    num_states, num_features = len(x_ND), len(W_enc_FD)
+    rows = max(1, min(num_states, _CHUNK_ELEMENTS // num_features))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, num_states, rows):
+        chunk = x_ND[start : start + rows]
+        pre_NF = torch.addmm(bias_F, chunk, W_enc_FD.T, out=_buffer(len(chunk), num_features, chunk))
+        pre_NF.mul_(pre_NF > threshold)
+        most = max(1, int(torch.count_nonzero(pre_NF, dim=1).max()))
+        parts.append(topk(pre_NF.relu_(), most))
+    widest = max(values.shape[1] for values, _ in parts)
+    padded = [tuple(F.pad(part, (0, widest - part.shape[1])) for part in pair) for pair in parts]
+    return torch.cat([values for values, _ in padded]), torch.cat([indices for _, indices in padded])
 
 
 def topk(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -146,11 +171,18 @@ class _Transposed:
 class _SparseEncode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_pre_D: Tensor, k: int, rectify: bool
+        ctx: FunctionCtx,
+        x_ND: Tensor,
+        W_enc_FD: Tensor,
+        b_enc_F: Tensor,
+        b_pre_D: Tensor,
+        k: int,
+        rectify: bool,
+        select: Select,
     ) -> tuple[Tensor, Tensor]:
         centred_ND = x_ND - b_pre_D
         if rectify:
-            values_NK, indices_NK = select_active(centred_ND, W_enc_FD, b_enc_F, k)
+            values_NK, indices_NK = select(centred_ND, W_enc_FD, b_enc_F, k)
         else:
             values_NK, indices_NK, _ = select_topk(centred_ND, W_enc_FD, b_enc_F, k)
         ctx.rectify = rectify  # type: ignore[attr-defined]
@@ -166,7 +198,7 @@ class _SparseEncode(torch.autograd.Function):
         grad_b = torch.zeros_like(W_enc_FD[:, 0]).index_add_(0, indices_NK.reshape(-1), grad_NK.reshape(-1))
         grad_x = gather_sum(grad_NK, indices_NK, W_enc_FD) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         # b_pre moves every state alike, so that the sum over states can be taken before the product.
-        return grad_x, grad_W, grad_b, -grad_b @ W_enc_FD, None, None
+        return grad_x, grad_W, grad_b, -grad_b @ W_enc_FD, None, None, None
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -186,10 +218,17 @@ class _SparseDecode(torch.autograd.Function):
 class _SparseAutoencode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, k: int
+        ctx: FunctionCtx,
+        x_ND: Tensor,
+        W_enc_FD: Tensor,
+        b_enc_F: Tensor,
+        W_dec_FD: Tensor,
+        b_dec_D: Tensor,
+        k: int,
+        select: Select,
     ) -> tuple[Tensor, Tensor, Tensor]:
         centred_ND = x_ND - b_dec_D
-        values_NK, indices_NK = select_active(centred_ND, W_enc_FD, b_enc_F, k)
+        values_NK, indices_NK = select(centred_ND, W_enc_FD, b_enc_F, k)
         x_hat_ND = gather_sum(values_NK, indices_NK, W_dec_FD).add_(b_dec_D)
         ctx.save_for_backward(centred_ND, W_enc_FD, W_dec_FD, values_NK, indices_NK)
         ctx.mark_non_differentiable(indices_NK)
@@ -210,37 +249,53 @@ class _SparseAutoencode(torch.autograd.Function):
             grad_W_dec = transposed.outer_sum(values_NK, grad_x_hat_ND)
             grad_b_dec = grad_x_hat_ND.sum(dim=0)
         if grad_values_NK is None:
-            return None, None, None, grad_W_dec, grad_b_dec, None
+            return None, None, None, grad_W_dec, grad_b_dec, None, None
         grad_NK = grad_values_NK * (values_NK > 0)
         grad_W_enc = transposed.outer_sum(grad_NK, centred_ND)
         grad_b_enc = torch.zeros_like(W_enc_FD[:, 0]).index_add_(0, indices_NK.reshape(-1), grad_NK.reshape(-1))
         grad_pre_D = grad_b_enc @ W_enc_FD
         grad_b_dec = -grad_pre_D if grad_b_dec is None else grad_b_dec - grad_pre_D
         grad_x = gather_sum(grad_NK, indices_NK, W_enc_FD) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None
+        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None
 
 
 def sparse_autoencode(
-    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, k: int
+    x_ND: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    W_dec_FD: Tensor,
+    b_dec_D: Tensor,
+    k: int,
+    select: Select = select_active,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`sparse_encode` and `sparse_decode` in one: x̂ = TopK(ReLU(W_enc (x - b_dec) + b_enc)) W_dec + b_dec.
+    """`sparse_encode` and `sparse_decode` in one: x̂ = select(W_enc (x - b_dec) + b_enc) W_dec + b_dec.
+
+    Args:
+        select: chooses the active features; TopK of ReLU if left out. See `selfreg.sae.activation_fns`.
 
     Returns:
         x̂ `[N, D]`, values `[N, K]`, indices `[N, K]`; the first two differentiable in all tensors.
     """
-    x_hat, values, indices = _SparseAutoencode.apply(x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k)
+    x_hat, values, indices = _SparseAutoencode.apply(x_ND, W_enc_FD, b_enc_F, W_dec_FD, b_dec_D, k, select)
     return x_hat, values, indices
 
 
 def sparse_encode(
-    x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_pre_D: Tensor, k: int, *, rectify: bool = True
+    x_ND: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    b_pre_D: Tensor,
+    k: int,
+    *,
+    rectify: bool = True,
+    select: Select = select_active,
 ) -> tuple[Tensor, Tensor]:
     """`TopK(ReLU(W_enc (x - b_pre) + b_enc))` -> values `[N, K]`, indices `[N, K]`; differentiable in all tensors.
 
     Without `rectify`, the k largest pre-activations as they are: features that are never above zero get no gradient
     through a ReLU, and so could not be revived.
     """
-    values, indices = _SparseEncode.apply(x_ND, W_enc_FD, b_enc_F, b_pre_D, k, rectify)
+    values, indices = _SparseEncode.apply(x_ND, W_enc_FD, b_enc_F, b_pre_D, k, rectify, select)
     return values, indices
 
 

@@ -1,4 +1,4 @@
-"""SAEForFeatureExtraction: a TopK sparse autoencoder on the hidden states of a language model."""
+"""SAEForFeatureExtraction: a sparse autoencoder on the hidden states of a language model."""
 
 import os
 from dataclasses import dataclass
@@ -10,8 +10,20 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
+from selfreg.sae.activation_fns import ACTIVATIONS
 from selfreg.sae.configuration import SAEConfig
-from selfreg.sae.kernels import select_topk, sparse_autoencode, sparse_decode, sparse_encode
+from selfreg.sae.kernels import (
+    Select,
+    select_above,
+    select_active,
+    select_topk,
+    sparse_autoencode,
+    sparse_decode,
+    sparse_encode,
+)
+
+_THRESHOLD_STEP = 0.01
+"""Share of a batch in the running mean of the threshold."""
 
 _COUNTERS = frozenset({"tokens_since_fired", "dead_on_task"})
 """Buffers that only training reads; a converted SAE may lack them."""
@@ -21,8 +33,9 @@ class SparseFeatures(NamedTuple):
     """The active features of hidden states.
 
     Attributes:
-        indices (`[..., k]`, int64): which features, in no order.
-        values (`[..., k]`): their activations; 0 where fewer than k are positive.
+        indices (`[..., K]`, int64): which features, in no order. K is k for TopK, and the most that any state has for
+            activations with a threshold.
+        values (`[..., K]`): their activations; 0 where a state has fewer.
         num_features (`int`): width of the dense form.
     """
 
@@ -66,7 +79,9 @@ def normalized_error(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 class SAEForFeatureExtraction(PreTrainedModel):
-    """A sparse autoencoder: a(h) = TopK(ReLU(W_enc (x - b_dec) + b_enc)), x̂ = a W_dec + b_dec.
+    """A sparse autoencoder: a(h) = σ(W_enc (x - b_dec) + b_enc), x̂ = a W_dec + b_dec.
+
+    σ chooses a few features: see `SAEConfig.activation` and `selfreg.sae.activation_fns`.
 
     It takes and gives raw hidden states; inside, x = (h - mean) / scale, with `mean` and `scale` set from data before
     training and saved with the model. Shapes: `W_enc`, `W_dec` `[num_features, hidden_size]`.
@@ -83,6 +98,7 @@ class SAEForFeatureExtraction(PreTrainedModel):
     scale: Tensor
     tokens_since_fired: Tensor
     dead_on_task: Tensor
+    threshold: Tensor
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
@@ -97,6 +113,9 @@ class SAEForFeatureExtraction(PreTrainedModel):
         # Training statistics are buffers, so that they are saved, resumed and moved with the weights.
         self.register_buffer("tokens_since_fired", torch.zeros(config.num_features, dtype=torch.long))
         self.register_buffer("dead_on_task", torch.zeros(config.num_features, dtype=torch.bool))
+        self.activation = ACTIVATIONS[config.activation]
+        if self.activation.learns_threshold:
+            self.register_buffer("threshold", torch.zeros(()))
         self.post_init()
 
     @torch.no_grad()
@@ -115,6 +134,8 @@ class SAEForFeatureExtraction(PreTrainedModel):
         init.ones_(self.scale)
         init.zeros_(self.tokens_since_fired)
         init.zeros_(self.dead_on_task)
+        if self.activation.learns_threshold:
+            init.zeros_(self.threshold)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -191,7 +212,14 @@ class SAEForFeatureExtraction(PreTrainedModel):
             ValueError: the states have another width.
         """
         self._check_width(hidden_states)
-        return self._encode(self.normalize(hidden_states), self.config.k)
+        x = self.normalize(hidden_states)
+        if not self.activation.learns_threshold or self.threshold <= 0:
+            # Without a threshold yet, the first batch has not been seen.
+            return self._encode(x, self.config.k, select=select_active)
+        return self._encode(x, self.config.k, select=self._select_above)
+
+    def _select_above(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, _k: int) -> tuple[Tensor, Tensor]:
+        return select_above(x_ND, W_enc_FD, b_enc_F, self.threshold)
 
     def decode(self, features: SparseFeatures) -> Tensor:
         """Features -> reconstruction `[..., hidden_size]`, in the space of raw hidden states."""
@@ -224,9 +252,13 @@ class SAEForFeatureExtraction(PreTrainedModel):
         x = self.normalize(hidden_states)
         flat = x.reshape(-1, x.shape[-1])
         k = k or self.config.k
-        flat_hat, values, indices = sparse_autoencode(flat, self.W_enc, self.b_enc, self.decoder_weight, self.b_dec, k)
+        flat_hat, values, indices = sparse_autoencode(
+            flat, self.W_enc, self.b_enc, self.decoder_weight, self.b_dec, k, self._select()
+        )
+        if self.training and self.activation.learns_threshold:
+            self._learn_threshold(values)
         x_hat = flat_hat.view_as(x)
-        shape = (*x.shape[:-1], k)
+        shape = (*x.shape[:-1], values.shape[1])
         features = SparseFeatures(indices.view(shape), values.view(shape), self.config.num_features)
         error, energy = (flat - flat_hat).pow(2).sum(), flat.pow(2).sum()
         tiny = torch.finfo(x.dtype).tiny
@@ -317,15 +349,40 @@ class SAEForFeatureExtraction(PreTrainedModel):
         assert maxima is not None
         return maxima
 
-    def _encode(self, x: Tensor, k: int, feature_ids: Tensor | None = None, *, rectify: bool = True) -> SparseFeatures:
+    def _select(self) -> Select:
+        """How `forward` chooses: in evaluation as `encode` does."""
+        if self.training or not self.activation.learns_threshold:
+            return self.activation.select
+        return self._select_above if self.threshold > 0 else select_active
+
+    @torch.no_grad()
+    def _learn_threshold(self, values: Tensor) -> None:
+        """Follows the smallest activation that the choice over a batch let through, as a running mean."""
+        positive = values[values > 0]
+        if len(positive):
+            smallest = positive.amin()
+            step = 1.0 if self.threshold <= 0 else _THRESHOLD_STEP
+            self.threshold += step * (smallest - self.threshold)
+
+    def _encode(
+        self,
+        x: Tensor,
+        k: int,
+        feature_ids: Tensor | None = None,
+        *,
+        rectify: bool = True,
+        select: Select | None = None,
+    ) -> SparseFeatures:
         W_enc: Tensor = self.W_enc
         b_enc: Tensor = self.b_enc
         if feature_ids is not None:
             W_enc, b_enc = W_enc[feature_ids], b_enc[feature_ids]
-        values, indices = sparse_encode(x.reshape(-1, x.shape[-1]), W_enc, b_enc, self.b_dec, k, rectify=rectify)
+        select = select or self._select()
+        flat = x.reshape(-1, x.shape[-1])
+        values, indices = sparse_encode(flat, W_enc, b_enc, self.b_dec, k, rectify=rectify, select=select)
         if feature_ids is not None:
             indices = feature_ids[indices]
-        shape = (*x.shape[:-1], k)
+        shape = (*x.shape[:-1], values.shape[1])
         return SparseFeatures(indices.view(shape), values.view(shape), self.config.num_features)
 
     def _sum(self, features: SparseFeatures) -> Tensor:

@@ -1,0 +1,38 @@
+"""BatchTopK: the k · N largest of a batch of N states, each with as many as it needs (Bussmann et al. 2024)."""
+
+import torch
+from torch import Tensor
+
+from selfreg.sae.kernels import select_active
+
+_FIRST = 2
+"""Times k: how many of each state are looked at first. Few states have more, and those are looked at again."""
+
+
+class BatchTopK:
+    """Training: a(h) = the k · N largest of ReLU(pre) over a batch. Inference: those above a learned threshold."""
+
+    learns_threshold = True
+
+    def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        num_states, num_features = len(x_ND), len(W_enc_FD)
+        wanted = num_states * k
+        places = min(_FIRST * k, num_features)
+        values, indices = select_active(x_ND, W_enc_FD, b_enc_F, places)
+        while True:
+            cut = values.flatten().topk(wanted, sorted=False).values.amin()
+            # Whatever of a state was not looked at is no larger than the least of it that was.
+            cut_short = values.amin(dim=1) > cut
+            if places == num_features or not cut_short.any():
+                break
+            places = min(2 * places, num_features)
+            rows = cut_short.nonzero().flatten()
+            more_values, more_indices = select_active(x_ND[rows], W_enc_FD, b_enc_F, places)
+            values, indices = _widen(values, places), _widen(indices, places)
+            values[rows], indices[rows] = more_values, more_indices
+        # Equal values at the cut are few; keeping all of them makes the choice independent of their order.
+        return values * (values >= cut), indices
+
+
+def _widen(tensor: Tensor, places: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, places - tensor.shape[1]))

@@ -166,3 +166,12 @@ def test_texts_that_fill_the_prompt_are_counted_and_told(
     assert f"{store.num_full} of 60 texts fill max_length=8 tokens" in caplog.text
     with pytest.raises(ValueError, match="texts must be a list of strings, not one string"):
         extractor.extract("a fever", tmp_path / "one")
+
+
+def test_shards_have_the_permissions_of_any_new_file(
+    extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    extractor.extract(texts, tmp_path / "s")
+    (tmp_path / "plain").write_text("")
+    modes = {path.stat().st_mode & 0o777 for path in (*(tmp_path / "s").iterdir(), tmp_path / "plain")}
+    assert len(modes) == 1

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from selfreg.activations.prompt import Pooling, check_choice
 from selfreg.activations.spec import HiddenStateSpec
-from selfreg.utils.files import atomic_path, read_json, remove_partial, write_json
+from selfreg.utils.files import atomic_path, current_umask, read_json, remove_partial, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -279,6 +279,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         except SafetensorError as error:
             code = errno.ENOSPC if "StorageFull" in str(error) or "No space" in str(error) else errno.EIO
             raise OSError(code, str(error)) from error
+        # safetensors makes files private to the user; a store is shared like any other new file.
+        temporary.chmod(0o666 & ~current_umask())
 
 
 def _describe(key: str) -> str:

@@ -40,9 +40,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{path.name}-", dir=path.parent))
     # mkdtemp makes folders private to the user; what is saved should have the permissions of any other new folder.
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)
+    temporary.chmod(0o777 & ~current_umask())
     try:
         yield temporary
         if path.exists():
@@ -59,6 +57,13 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def current_umask() -> int:
+    """What the process takes off the permissions of new files; it can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def remove_partial(folder: str | os.PathLike[str]) -> None:

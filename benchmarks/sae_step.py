@@ -8,8 +8,9 @@ Every round runs each method for a few steps, one method after the other, so tha
 a method is the smallest mean of a round. Times are given in products: one float32 product of the states with the
 encoder, `x @ W.T`, measured in the same rounds. A peer that is not installed or fails is named.
 
-Each step has what a real one has: dead-feature counters, the gradient kept off the decoder's lengths, clipping,
-unit-norm decoder, Adam. `selfreg, whole Trainer` is the same through `SAETrainer` on an `ActivationStore` on disk,
+selfreg's step has all that a real one has: dead-feature counters, the gradient kept off the decoder's lengths,
+clipping, unit-norm decoder, Adam. The peers' have what their own trainers do in a step, which for overcomplete and for
+the naive one is less. `selfreg, whole Trainer` is the same through `SAETrainer` on an `ActivationStore` on disk,
 with logging and its dead-feature statistics.
 """
 

@@ -1,6 +1,6 @@
 """RegularizedTrainer: trains a classifier that stays off the unintended features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -218,7 +218,8 @@ def _check_dataset(dataset: Any, num_labels: int, name: str, *, training: bool) 
     """Labels of a dataset, after checks that would otherwise fail deep inside the first step."""
     if dataset is None:
         return []
-    if not hasattr(dataset, "__len__"):
+    is_stream = not isinstance(dataset, Sized)
+    if is_stream:
         raise ValueError(f"{name} is a stream: the standardisation and the dependence term need all of it at once")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty")

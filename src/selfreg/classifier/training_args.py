@@ -16,8 +16,8 @@ class RegularizedTrainingArguments(TrainingArguments):
     [`~transformers.TrainingArguments`] with what regularised training adds.
 
     Other defaults: `per_device_train_batch_size=64`, `learning_rate=3e-3`, `num_train_epochs=100`, `weight_decay=2.0`,
-    `remove_unused_columns=False`, `logging_steps=50`. They suit a head over a frozen
-    backbone and hundreds to thousands of texts.
+    `remove_unused_columns=False`, `logging_steps=50`. They suit a head over a frozen backbone and
+    hundreds to thousands of texts.
 
     loss = task loss + penalty_weight · similarity + dependence_weight · dependence
 

@@ -296,8 +296,9 @@ def attribute_strength(
 
     Returns:
         AUC averaged over labels, weighted by the smaller group, `[features]`; its two-sided p-value (normal
-        approximation of the Mann-Whitney statistic, with ties); and the group that it is about. With more than two
-        groups each is told from the rest, the one furthest from 0.5 counts, and p is multiplied by their number.
+        approximation of the Mann-Whitney statistic, with ties; 1 for a feature that is active in fewer than 5 of the
+        texts); and the group that it is about. With more than two groups each is told from the rest, the one furthest
+        from 0.5 counts, and p is multiplied by their number.
 
     Raises:
         ValueError: no label has texts of two groups.

@@ -168,6 +168,16 @@ class _Transposed:
         )
 
 
+def _encoder_gradients(
+    transposed: _Transposed, grad_NK: Tensor, indices_NK: Tensor, centred_ND: Tensor, W_enc_FD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of W_enc `[F, D]`, b_enc `[F]`, and of the bias `[D]` that is taken off the states before the product."""
+    grad_W = transposed.outer_sum(grad_NK, centred_ND)
+    grad_b = torch.zeros_like(W_enc_FD[:, 0]).index_add_(0, indices_NK.reshape(-1), grad_NK.reshape(-1))
+    # The bias moves every state alike, so that the sum over states can be taken before the product.
+    return grad_W, grad_b, -grad_b @ W_enc_FD
+
+
 class _SparseEncode(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -194,11 +204,10 @@ class _SparseEncode(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         centred_ND, W_enc_FD, values_NK, indices_NK = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_NK = grads[0] * (values_NK > 0) if ctx.rectify else grads[0]  # type: ignore[attr-defined]
-        grad_W = _Transposed(indices_NK, len(W_enc_FD)).outer_sum(grad_NK, centred_ND)
-        grad_b = torch.zeros_like(W_enc_FD[:, 0]).index_add_(0, indices_NK.reshape(-1), grad_NK.reshape(-1))
+        transposed = _Transposed(indices_NK, len(W_enc_FD))
+        grad_W, grad_b, grad_pre = _encoder_gradients(transposed, grad_NK, indices_NK, centred_ND, W_enc_FD)
         grad_x = gather_sum(grad_NK, indices_NK, W_enc_FD) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        # b_pre moves every state alike, so that the sum over states can be taken before the product.
-        return grad_x, grad_W, grad_b, -grad_b @ W_enc_FD, None, None, None
+        return grad_x, grad_W, grad_b, grad_pre, None, None, None
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -251,10 +260,8 @@ class _SparseAutoencode(torch.autograd.Function):
         if grad_values_NK is None:
             return None, None, None, grad_W_dec, grad_b_dec, None, None
         grad_NK = grad_values_NK * (values_NK > 0)
-        grad_W_enc = transposed.outer_sum(grad_NK, centred_ND)
-        grad_b_enc = torch.zeros_like(W_enc_FD[:, 0]).index_add_(0, indices_NK.reshape(-1), grad_NK.reshape(-1))
-        grad_pre_D = grad_b_enc @ W_enc_FD
-        grad_b_dec = -grad_pre_D if grad_b_dec is None else grad_b_dec - grad_pre_D
+        grad_W_enc, grad_b_enc, grad_pre_D = _encoder_gradients(transposed, grad_NK, indices_NK, centred_ND, W_enc_FD)
+        grad_b_dec = grad_pre_D if grad_b_dec is None else grad_b_dec + grad_pre_D
         grad_x = gather_sum(grad_NK, indices_NK, W_enc_FD) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None
 

@@ -88,6 +88,15 @@ def select_above(x_ND: Tensor, W_enc_FD: Tensor, bias_F: Tensor, threshold: Tens
     return torch.cat([values for values, _ in padded]), torch.cat([indices for _, indices in padded])
 
 
+def above(threshold: Tensor) -> Select:
+    """`select_above` this threshold, whatever k."""
+
+    def select(x_ND: Tensor, W_enc_FD: Tensor, bias_F: Tensor, _k: int) -> tuple[Tensor, Tensor]:
+        return select_above(x_ND, W_enc_FD, bias_F, threshold)
+
+    return select
+
+
 def topk(pre_NF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Exact top k of each row, in no order.
 
@@ -145,14 +154,20 @@ def gather_sum(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
     return F.embedding_bag(indices_NK, W_FD, mode="sum", per_sample_weights=values_NK)
 
 
-class _Transposed:
-    """The active features of N states, sorted by feature: who uses feature f, and with which weight."""
+class TransposedIndex:
+    """The active features of N states, sorted by feature: who uses feature f, and with which weight.
 
-    def __init__(self, indices_NK: Tensor, num_features: int) -> None:
+    Args:
+        indices_NK: the active features.
+        num_features: F.
+        rows: where each of the N · K stands in what `outer_sum` is given; its state, if left out.
+    """
+
+    def __init__(self, indices_NK: Tensor, num_features: int, rows: Tensor | None = None) -> None:
         flat = indices_NK.reshape(-1)
         # stable=True takes the radix sort, many times faster here than a comparison sort.
         ordered, self.order = flat.sort(stable=True)
-        self.rows = self.order // indices_NK.shape[1]
+        self.rows = self.order // indices_NK.shape[1] if rows is None else rows[self.order]
         self.offsets = torch.zeros(num_features + 1, dtype=torch.long, device=flat.device)
         torch.cumsum(torch.bincount(ordered, minlength=num_features), 0, out=self.offsets[1:])
 
@@ -169,7 +184,7 @@ class _Transposed:
 
 
 def _encoder_gradients(
-    transposed: _Transposed, grad_NK: Tensor, indices_NK: Tensor, centred_ND: Tensor, W_enc_FD: Tensor
+    transposed: TransposedIndex, grad_NK: Tensor, indices_NK: Tensor, centred_ND: Tensor, W_enc_FD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of W_enc `[F, D]`, b_enc `[F]`, and of the bias `[D]` that is taken off the states before the product."""
     grad_W = transposed.outer_sum(grad_NK, centred_ND)
@@ -204,7 +219,7 @@ class _SparseEncode(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         centred_ND, W_enc_FD, values_NK, indices_NK = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_NK = grads[0] * (values_NK > 0) if ctx.rectify else grads[0]  # type: ignore[attr-defined]
-        transposed = _Transposed(indices_NK, len(W_enc_FD))
+        transposed = TransposedIndex(indices_NK, len(W_enc_FD))
         grad_W, grad_b, grad_pre = _encoder_gradients(transposed, grad_NK, indices_NK, centred_ND, W_enc_FD)
         grad_x = gather_sum(grad_NK, indices_NK, W_enc_FD) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         return grad_x, grad_W, grad_b, grad_pre, None, None, None
@@ -220,7 +235,7 @@ class _SparseDecode(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values_NK, indices_NK, W_dec_FD = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_values = sampled_dot(grads[0], W_dec_FD, indices_NK)
-        grad_W = _Transposed(indices_NK, len(W_dec_FD)).outer_sum(values_NK, grads[0].contiguous())
+        grad_W = TransposedIndex(indices_NK, len(W_dec_FD)).outer_sum(values_NK, grads[0].contiguous())
         return grad_values, None, grad_W
 
 
@@ -249,7 +264,7 @@ class _SparseAutoencode(torch.autograd.Function):
         centred_ND, W_enc_FD, W_dec_FD, values_NK, indices_NK = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_x_hat_ND, grad_values_NK = grads[0], grads[1]
         # Both weights are sorted by the same features: one sort serves them.
-        transposed = _Transposed(indices_NK, len(W_enc_FD))
+        transposed = TransposedIndex(indices_NK, len(W_enc_FD))
         grad_W_dec = grad_b_dec = None
         if grad_x_hat_ND is not None:
             grad_x_hat_ND = grad_x_hat_ND.contiguous()

@@ -1,81 +1,32 @@
 """SAEForFeatureExtraction: a sparse autoencoder on the hidden states of a language model."""
 
 import os
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput
 
-from selfreg.sae.activation_fns import ACTIVATIONS
+from selfreg.sae.activation_fns import ACTIVATIONS, Active, Weights
 from selfreg.sae.configuration import SAEConfig
-from selfreg.sae.kernels import (
-    Select,
-    select_above,
-    select_active,
-    select_topk,
-    sparse_autoencode,
-    sparse_decode,
-    sparse_encode,
-)
+from selfreg.sae.input_norm import Standardized, standardize
+from selfreg.sae.interop.formats import read_foreign
+from selfreg.sae.interop.locate import Place, locate
+from selfreg.sae.kernels import select_topk, sparse_decode, sparse_encode
+from selfreg.sae.outputs import SAEOutput, SparseFeatures, normalized_error
+from selfreg.sae.prefixes import decode_prefixes
 
 _THRESHOLD_STEP = 0.01
 """Share of a batch in the running mean of the threshold."""
 
-_COUNTERS = frozenset({"tokens_since_fired", "dead_on_task"})
+_SPARSITY_STEP = 0.02
+"""How fast the penalty's coefficient follows what is missing to the wanted number of active features."""
+
+_HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+
+_COUNTERS = frozenset({"tokens_since_fired", "dead_on_task", "sparsity_coefficient"})
 """Buffers that only training reads; a converted SAE may lack them."""
-
-
-class SparseFeatures(NamedTuple):
-    """The active features of hidden states.
-
-    Attributes:
-        indices (`[..., K]`, int64): which features, in no order. K is k for TopK, and the most that any state has for
-            activations with a threshold.
-        values (`[..., K]`): their activations; 0 where a state has fewer.
-        num_features (`int`): width of the dense form.
-    """
-
-    indices: Tensor
-    values: Tensor
-    num_features: int
-
-    def to_dense(self) -> Tensor:
-        """`[..., num_features]`."""
-        dense = self.values.new_zeros(*self.values.shape[:-1], self.num_features)
-        return dense.scatter_add(-1, self.indices, self.values)
-
-
-@dataclass
-class SAEOutput(ModelOutput):
-    """
-    Attributes:
-        loss (`[]`): normalised squared error, Σ‖x - x̂‖² / Σ‖x‖² of the centred states, plus the auxiliary loss with
-            its coefficient where there is one.
-        reconstruction (`[..., hidden_size]`): ĥ, in the space of raw hidden states.
-        features (`SparseFeatures`): what was active.
-        fvu (`[]`): fraction of variance unexplained, Σ‖h - ĥ‖² / Σ‖h - h̄‖² over these states.
-        l0 (`[]`): mean number of active features of a state.
-        aux_loss (`[]`, *optional*): the auxiliary loss (in task fine-tuning, the dead features' part) before its
-            coefficient; None where nothing is dead.
-        live_loss (`[]`, *optional*): the live features' part in task fine-tuning.
-    """
-
-    loss: Tensor | None = None
-    reconstruction: Tensor | None = None
-    features: SparseFeatures | None = None
-    fvu: Tensor | None = None
-    l0: Tensor | None = None
-    aux_loss: Tensor | None = None
-    live_loss: Tensor | None = None
-
-
-def normalized_error(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Σ‖x - x̂‖² / Σ‖x‖²."""
-    return (x - x_hat).pow(2).sum() / x.pow(2).sum().clamp_min(torch.finfo(x.dtype).tiny)
 
 
 class SAEForFeatureExtraction(PreTrainedModel):
@@ -83,8 +34,9 @@ class SAEForFeatureExtraction(PreTrainedModel):
 
     σ chooses a few features: see `SAEConfig.activation` and `selfreg.sae.activation_fns`.
 
-    It takes and gives raw hidden states; inside, x = (h - mean) / scale, with `mean` and `scale` set from data before
-    training and saved with the model. Shapes: `W_enc`, `W_dec` `[num_features, hidden_size]`.
+    It takes and gives raw hidden states; inside, x = (norm(h) - mean) / scale, with `mean` and `scale` set from data
+    before training and saved with the model, and norm the normalisation of each state by itself that some published
+    SAEs have (`SAEConfig.input_norm`). Shapes: `W_enc`, `W_dec` `[num_features, hidden_size]`.
 
     Args:
         config (`SAEConfig`): the configuration.
@@ -99,6 +51,8 @@ class SAEForFeatureExtraction(PreTrainedModel):
     tokens_since_fired: Tensor
     dead_on_task: Tensor
     threshold: Tensor
+    sparsity_coefficient: Tensor
+    prefix_ends: Tensor
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
@@ -114,8 +68,13 @@ class SAEForFeatureExtraction(PreTrainedModel):
         self.register_buffer("tokens_since_fired", torch.zeros(config.num_features, dtype=torch.long))
         self.register_buffer("dead_on_task", torch.zeros(config.num_features, dtype=torch.bool))
         self.activation = ACTIVATIONS[config.activation]
-        if self.activation.learns_threshold:
+        if self.activation.threshold == "running":
             self.register_buffer("threshold", torch.zeros(()))
+        elif self.activation.threshold == "learned":
+            self.threshold = nn.Parameter(torch.zeros(config.num_features))
+        if self.activation.is_penalized:
+            self.register_buffer("sparsity_coefficient", torch.ones(()))
+        self.register_buffer("prefix_ends", torch.tensor(config.prefixes or [], dtype=torch.long), persistent=False)
         self.post_init()
 
     @torch.no_grad()
@@ -134,18 +93,34 @@ class SAEForFeatureExtraction(PreTrainedModel):
         init.ones_(self.scale)
         init.zeros_(self.tokens_since_fired)
         init.zeros_(self.dead_on_task)
-        if self.activation.learns_threshold:
+        if self.activation.threshold != "none":
             init.zeros_(self.threshold)
+        if self.activation.is_penalized:
+            init.ones_(self.sparsity_coefficient)
+        # Not in the checkpoint: on the meta device it has lost its values.
+        init.copy_(self.prefix_ends, torch.tensor(self.config.prefixes or [], dtype=torch.long))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
     ) -> "SAEForFeatureExtraction":
-        """As in transformers; weights stay float32 unless `dtype` says otherwise.
+        """As in transformers, and other libraries' SAEs as well; weights stay float32 unless `dtype` says otherwise.
+
+        Reads folders and Hub repos (with `subfolder` where there are many) of SAELens, Gemma Scope, sparsify,
+        dictionary_learning, the sparse autoencoder module of sentence-transformers, and the `.pth` files of the
+        paper's authors; see `selfreg.sae.interop`. What such a file does not say can be given:
+        `base_model_name_or_path=`, `layer=`, `token_rule=`, …
 
         Raises:
-            ValueError: the checkpoint lacks a weight; training counters may be missing.
+            ValueError: the checkpoint lacks a weight (training counters may be missing), or has an option that is not
+                known; or there are many SAEs at that place: lists them.
+            OSError: there is no such folder or repo.
         """
+        if not {"config", "state_dict"} & set(kwargs):
+            hub = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+            place = locate(pretrained_model_name_or_path, **hub)
+            if not place.is_own:
+                return cls._from_foreign(place, {name: value for name, value in kwargs.items() if name not in hub})
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("dtype", torch.float32)
         loaded: Any = super().from_pretrained(
@@ -159,6 +134,15 @@ class SAEForFeatureExtraction(PreTrainedModel):
             )
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
+    @classmethod
+    def _from_foreign(cls, place: Place, kwargs: dict[str, Any]) -> "SAEForFeatureExtraction":
+        config, state = read_foreign(place.path, place.name).convert()
+        for name in set(kwargs) & set(SAEConfig.__dataclass_fields__):
+            setattr(config, name, kwargs.pop(name))
+        kwargs.setdefault("dtype", torch.float32)
+        model = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
+        return model.eval()
+
     @property
     def decoder_weight(self) -> Tensor:
         """W_dec, or W_enc where they are tied; in the space of the centred, scaled states."""
@@ -166,7 +150,8 @@ class SAEForFeatureExtraction(PreTrainedModel):
 
     @property
     def encoder_directions(self) -> Tensor:
-        """`[num_features, hidden_size]`, in the space of raw hidden states: pre-activation = direction · h + bias."""
+        """`[num_features, hidden_size]`, in the space of hidden states (after `input_norm`, where there is one):
+        pre-activation = direction · h + bias."""
         return self.W_enc / self.scale
 
     @property
@@ -176,7 +161,7 @@ class SAEForFeatureExtraction(PreTrainedModel):
 
     @property
     def decoder_directions(self) -> Tensor:
-        """`[num_features, hidden_size]`, in the space of raw hidden states: what an activation of 1 adds to ĥ."""
+        """`[num_features, hidden_size]`, in the same space: what an activation of 1 adds to ĥ."""
         return self.decoder_weight * self.scale
 
     @property
@@ -198,12 +183,12 @@ class SAEForFeatureExtraction(PreTrainedModel):
 
     @property
     def is_normalized(self) -> bool:
-        """Whether centring and scale were set."""
-        return bool(self.mean.any() or self.scale != 1)
+        """Whether centring and scale are those that the weights are made for."""
+        return bool(self.config.converted_from or self.mean.any() or self.scale != 1)
 
     def normalize(self, hidden_states: Tensor) -> Tensor:
-        """h -> x = (h - mean) / scale, in the dtype of the SAE."""
-        return (hidden_states.to(self.W_enc.dtype) - self.mean) / self.scale
+        """h -> x = (norm(h) - mean) / scale, in the dtype of the SAE."""
+        return self._normalize(self._standardize(hidden_states))
 
     def encode(self, hidden_states: Tensor) -> SparseFeatures:
         """The active features of raw hidden states `[..., hidden_size]`.
@@ -213,17 +198,29 @@ class SAEForFeatureExtraction(PreTrainedModel):
         """
         self._check_width(hidden_states)
         x = self.normalize(hidden_states)
-        if not self.activation.learns_threshold or self.threshold <= 0:
-            # Without a threshold yet, the first batch has not been seen.
-            return self._encode(x, self.config.k, select=select_active)
-        return self._encode(x, self.config.k, select=self._select_above)
+        flat = x.reshape(-1, x.shape[-1])
+        return self._features(self._encode_in_inference(flat), x.shape[:-1])
 
-    def _select_above(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, _k: int) -> tuple[Tensor, Tensor]:
-        return select_above(x_ND, W_enc_FD, b_enc_F, self.threshold)
+    def decode(self, features: SparseFeatures, hidden_states: Tensor | None = None) -> Tensor:
+        """Features -> reconstruction `[..., hidden_size]`, in the space of raw hidden states.
 
-    def decode(self, features: SparseFeatures) -> Tensor:
-        """Features -> reconstruction `[..., hidden_size]`, in the space of raw hidden states."""
-        return self._decode(features) * self.scale + self.mean
+        Args:
+            features: from `encode`.
+            hidden_states (*optional*): the raw states that they are of; needed where `config.input_norm` normalises
+                each state by itself, since the features alone no longer tell its length.
+
+        Raises:
+            ValueError: the states are needed and not given.
+        """
+        if hidden_states is None and self.config.input_norm != "none":
+            raise ValueError(
+                f"this SAE normalises each state by itself (input_norm={self.config.input_norm!r}): "
+                "give decode(features, hidden_states) the states as well"
+            )
+        decoded = self._sum(features) + self.b_dec
+        if hidden_states is None:
+            return self._denormalize(decoded)
+        return self._standardize(hidden_states).restore(self._denormalize(decoded))
 
     def forward(
         self,
@@ -249,20 +246,20 @@ class SAEForFeatureExtraction(PreTrainedModel):
                 raise ValueError("dead_loss_weight needs dead, the features that are dead on the task")
             loss, live_loss, dead_loss = self.task_loss(hidden_states, dead, dead_loss_weight)
             return SAEOutput(loss, live_loss=live_loss, aux_loss=dead_loss)
-        x = self.normalize(hidden_states)
+        standardized = self._standardize(hidden_states)
+        x = self._normalize(standardized)
         flat = x.reshape(-1, x.shape[-1])
-        k = k or self.config.k
-        flat_hat, values, indices = sparse_autoencode(
-            flat, self.W_enc, self.b_enc, self.decoder_weight, self.b_dec, k, self._select()
-        )
-        if self.training and self.activation.learns_threshold:
-            self._learn_threshold(values)
+        flat_hat, active, prefix_error = self._autoencode(flat, k or self.config.k)
+        if self.training and self.activation.threshold == "running":
+            self._follow_threshold(active.values)
         x_hat = flat_hat.view_as(x)
-        shape = (*x.shape[:-1], values.shape[1])
-        features = SparseFeatures(indices.view(shape), values.view(shape), self.config.num_features)
+        features = self._features(active, x.shape[:-1])
         error, energy = (flat - flat_hat).pow(2).sum(), flat.pow(2).sum()
         tiny = torch.finfo(x.dtype).tiny
-        loss = error / energy.clamp_min(tiny)
+        loss = (error if prefix_error is None else prefix_error) / energy.clamp_min(tiny)
+        if active.sparsity is not None:
+            # A copy: the trainer moves the coefficient before the backward pass.
+            loss = loss + self.sparsity_coefficient.clone() * active.sparsity
         aux_loss = None
         if dead is not None and aux_coefficient > 0:
             # Zero, not an index error, where nothing is dead.
@@ -270,12 +267,17 @@ class SAEForFeatureExtraction(PreTrainedModel):
             if len(ids):
                 aux_loss = self.residual_loss(x, x_hat.detach(), ids, self.config.hidden_size // 2)
                 loss = loss + aux_coefficient * aux_loss
+        reconstruction = standardized.restore(self._denormalize(x_hat))
         with torch.no_grad():
-            # x is centred on the mean of the data: what is subtracted is small.
-            variance = energy - flat.mean(dim=0).pow(2).sum() * len(flat)
+            if self.config.input_norm == "none":
+                # x is centred on the mean of the data: what is subtracted is small.
+                variance = energy - flat.mean(dim=0).pow(2).sum() * len(flat)
+            else:
+                raw = hidden_states.reshape(-1, x.shape[-1]).to(x.dtype)
+                error, variance = (raw - reconstruction.view_as(raw)).pow(2).sum(), (raw - raw.mean(0)).pow(2).sum()
             fvu = error / variance.clamp_min(tiny)
             l0 = (features.values > 0).sum(dim=-1).float().mean()
-        return SAEOutput(loss, x_hat * self.scale + self.mean, features, fvu, l0, aux_loss)
+        return SAEOutput(loss, reconstruction, features, fvu, l0, aux_loss, sparsity=active.sparsity)
 
     def residual_loss(self, x: Tensor, x_hat: Tensor, feature_ids: Tensor, k: int) -> Tensor:
         """Normalised squared error of the residual x - x̂ rebuilt from the features `feature_ids` alone, unrectified.
@@ -285,9 +287,17 @@ class SAEForFeatureExtraction(PreTrainedModel):
             feature_ids (`[n]`): which features.
             k: how many of them at most.
         """
-        residual = (x - x_hat).detach()
-        features = self._encode(x, min(k, len(feature_ids)), feature_ids, rectify=False)
-        return normalized_error(residual, self._sum(features))
+        residual = (x - x_hat).detach().reshape(-1, x.shape[-1])
+        weights = self._weights.of(feature_ids)
+        values, indices = sparse_encode(
+            x.reshape(-1, x.shape[-1]),
+            weights.W_enc,
+            weights.b_enc,
+            weights.b_dec,
+            min(k, len(feature_ids)),
+            rectify=False,
+        )
+        return normalized_error(residual, sparse_decode(values, indices, weights.W_dec))
 
     def task_loss(self, hidden_states: Tensor, dead: Tensor, dead_weight: float) -> tuple[Tensor, Tensor, Tensor]:
         """The two-part loss of task fine-tuning (Wu et al. 2025).
@@ -304,11 +314,14 @@ class SAEForFeatureExtraction(PreTrainedModel):
             the loss and its two parts, each `[]`.
         """
         x = self.normalize(hidden_states)
+        x = x.reshape(-1, x.shape[-1])
         dead_ids = dead.nonzero().flatten()
-        live_ids = None if len(dead_ids) == 0 else (~dead).nonzero().flatten()
-        k = self.config.k if live_ids is None else min(self.config.k, len(live_ids))
-        x_hat = self._decode(self._encode(x, k, live_ids))
+        weights = self._weights if len(dead_ids) == 0 else self._weights.of((~dead).nonzero().flatten())
+        x_hat, active = self.activation.autoencode(x, weights, min(self.config.k, len(weights.W_enc)))
         live_loss = normalized_error(x, x_hat)
+        if active.sparsity is not None:
+            # Without it, what is active would grow in number and buy a lower error.
+            live_loss = live_loss + self.sparsity_coefficient * active.sparsity
         dead_loss = torch.zeros_like(live_loss)
         if len(dead_ids) and dead_weight > 0:
             dead_loss = self.residual_loss(x, x_hat.detach(), dead_ids, self.config.k)
@@ -349,14 +362,25 @@ class SAEForFeatureExtraction(PreTrainedModel):
         assert maxima is not None
         return maxima
 
-    def _select(self) -> Select:
-        """How `forward` chooses: in evaluation as `encode` does."""
-        if self.training or not self.activation.learns_threshold:
-            return self.activation.select
-        return self._select_above if self.threshold > 0 else select_active
+    @property
+    def _weights(self) -> Weights:
+        threshold = self.threshold if self.activation.threshold != "none" else None
+        return Weights(self.W_enc, self.b_enc, self.decoder_weight, self.b_dec, threshold)
 
     @torch.no_grad()
-    def _learn_threshold(self, values: Tensor) -> None:
+    def start_from(self, hidden_states: Tensor, k: int) -> None:
+        """Sets what a new SAE should start with where k features of these raw states are active: thresholds."""
+        x = self.normalize(hidden_states)
+        self.activation.start_from(x.reshape(-1, x.shape[-1]), self._weights, k)
+
+    @torch.no_grad()
+    def adjust_sparsity(self, l0: Tensor, wanted: int) -> None:
+        """Raises the coefficient of the sparsity penalty where more than `wanted` features are active; else lowers."""
+        step = _SPARSITY_STEP * (l0 / wanted - 1).clamp(-0.5, 0.5)
+        self.sparsity_coefficient.mul_(step.exp())
+
+    @torch.no_grad()
+    def _follow_threshold(self, values: Tensor) -> None:
         """Follows the smallest activation that the choice over a batch let through, as a running mean."""
         positive = values[values > 0]
         if len(positive):
@@ -364,34 +388,45 @@ class SAEForFeatureExtraction(PreTrainedModel):
             step = 1.0 if self.threshold <= 0 else _THRESHOLD_STEP
             self.threshold += step * (smallest - self.threshold)
 
-    def _encode(
-        self,
-        x: Tensor,
-        k: int,
-        feature_ids: Tensor | None = None,
-        *,
-        rectify: bool = True,
-        select: Select | None = None,
-    ) -> SparseFeatures:
-        W_enc: Tensor = self.W_enc
-        b_enc: Tensor = self.b_enc
-        if feature_ids is not None:
-            W_enc, b_enc = W_enc[feature_ids], b_enc[feature_ids]
-        select = select or self._select()
-        flat = x.reshape(-1, x.shape[-1])
-        values, indices = sparse_encode(flat, W_enc, b_enc, self.b_dec, k, rectify=rectify, select=select)
-        if feature_ids is not None:
-            indices = feature_ids[indices]
-        shape = (*x.shape[:-1], values.shape[1])
-        return SparseFeatures(indices.view(shape), values.view(shape), self.config.num_features)
+    def _autoencode(self, x_ND: Tensor, k: int) -> tuple[Tensor, Active, Tensor | None]:
+        """x̂, what is active, and where there are prefixes the mean over them of Σ‖x - x̂‖²."""
+        weights = self._weights
+        if not self.training:
+            active = self._encode_in_inference(x_ND)
+            x_hat = sparse_decode(active.values, active.indices, weights.W_dec) + weights.b_dec
+            return x_hat, active, None
+        if self.config.prefixes is None:
+            return *self.activation.autoencode(x_ND, weights, k), None
+        active = self.activation.encode(x_ND, weights, k)
+        x_hat_NPD = decode_prefixes(active.values, active.indices, weights.W_dec, self.prefix_ends) + weights.b_dec
+        error = (x_ND.unsqueeze(1) - x_hat_NPD).pow(2).sum() / len(self.prefix_ends)
+        return x_hat_NPD[:, -1], active, error
+
+    def _encode_in_inference(self, x_ND: Tensor) -> Active:
+        weights = self._weights
+        select = self.activation.select_in_inference(weights.threshold)
+        values, indices = sparse_encode(
+            x_ND, weights.W_enc, weights.b_enc, weights.b_dec, self.config.k, select=select
+        )
+        return Active(values, indices)
+
+    def _features(self, active: Active, shape: torch.Size) -> SparseFeatures:
+        shape = torch.Size((*shape, active.values.shape[1]))
+        return SparseFeatures(active.indices.view(shape), active.values.view(shape), self.config.num_features)
 
     def _sum(self, features: SparseFeatures) -> Tensor:
         k = features.values.shape[-1]
         flat = sparse_decode(features.values.reshape(-1, k), features.indices.reshape(-1, k), self.decoder_weight)
         return flat.view(*features.values.shape[:-1], self.config.hidden_size)
 
-    def _decode(self, features: SparseFeatures) -> Tensor:
-        return self._sum(features) + self.b_dec
+    def _standardize(self, hidden_states: Tensor) -> Standardized:
+        return standardize(hidden_states.to(self.W_enc.dtype), self.config.input_norm)
+
+    def _normalize(self, standardized: Standardized) -> Tensor:
+        return (standardized.states - self.mean) / self.scale
+
+    def _denormalize(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.mean
 
     def _check_width(self, hidden_states: Tensor) -> None:
         if hidden_states.shape[-1] != self.config.hidden_size:

@@ -46,7 +46,7 @@ def evaluate_sae(sae: SAEForFeatureExtraction, dataset: StatesDataset) -> SAESta
         features = sae.encode(states)
         # Centred on the SAE's mean, so that the variance is not a small difference of large numbers.
         centred = states - sae.mean
-        error += float((sae.decode(features) - states).pow(2).sum(dim=1).cpu().double().sum())
+        error += float((sae.decode(features, states) - states).pow(2).sum(dim=1).cpu().double().sum())
         squares += float(centred.pow(2).sum(dim=1).cpu().double().sum())
         total += centred.sum(dim=0).cpu().double()
         fired |= fired_features(features.indices, features.values, len(fired))

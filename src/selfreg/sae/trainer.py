@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from selfreg import __version__
 from selfreg.activations.store import ActivationStore
 from selfreg.sae.data import StatesDataset, check_states, collate_states, iterate_states, sample_states
+from selfreg.sae.input_norm import standardize
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.sae.training_args import SAETrainingArguments
@@ -18,6 +19,7 @@ from selfreg.utils.trainer import PartsTrainer
 logger = logging.getLogger(__name__)
 
 _NORMALIZATION_STATES = 65_536
+_THRESHOLD_STATES = 2_048
 
 
 class SAETrainer(PartsTrainer):
@@ -80,7 +82,9 @@ class SAETrainer(PartsTrainer):
         # An SAE that has been trained keeps the centring and scale that its weights are made for.
         is_new = self.args.objective == "pretrain" and not self.model.is_normalized
         if is_new and not resume_from_checkpoint and self.train_dataset is not None:
-            self._fit_normalization()
+            self._start_from_data()
+        if self.args.sparsity_coefficient is not None and self.model.activation.is_penalized:
+            self.model.sparsity_coefficient.fill_(self.args.sparsity_coefficient)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
@@ -103,6 +107,10 @@ class SAETrainer(PartsTrainer):
         output = model(states, k=self._current_k(), dead=dead_mask, aux_coefficient=self.args.aux_coefficient)
         if model.training:
             sae.count_fired(output.features)
+            if output.sparsity is not None:
+                if self.args.sparsity_coefficient is None:
+                    sae.adjust_sparsity(output.l0, self._current_k())
+                self.parts.add(sparsity=output.sparsity, sparsity_coefficient=sae.sparsity_coefficient.clone())
             aux = output.aux_loss if output.aux_loss is not None else 0.0
             self.parts.add(l0=output.l0, aux_loss=aux, dead_fraction=dead_mask.float().mean())
             # One state, as the last batch of an epoch may be, has no variance to leave unexplained.
@@ -148,12 +156,15 @@ class SAETrainer(PartsTrainer):
         k = self.model.config.k
         if not self.model.training:
             return k
-        # A width of fewer features than the first k would be asked for more than there are.
-        start = min(self.args.k_start or 4 * k, self.model.config.num_features)
+        start = self._first_k()
         anneal_steps = self.args.k_anneal_ratio * self.state.max_steps
         if self.state.global_step >= anneal_steps:
             return k
         return round(start + (k - start) * self.state.global_step / anneal_steps)
+
+    def _first_k(self) -> int:
+        # A width of fewer features than the first k would be asked for more than there are.
+        return min(self.args.k_start or 4 * self.model.config.k, self.model.config.num_features)
 
     def _dead_after(self) -> int:
         if self.args.dead_after_tokens is not None:
@@ -161,13 +172,15 @@ class SAETrainer(PartsTrainer):
         seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
         return min(10_000_000, max(1, seen // 10))
 
-    def _fit_normalization(self) -> None:
-        """Centres on the mean and scales to a mean squared norm of hidden_size, from up to 65,536 states."""
-        states = sample_states(self.train_dataset, _NORMALIZATION_STATES).double()  # type: ignore[arg-type]
-        mean = states.mean(dim=0)
-        scale = (states - mean).pow(2).mean().sqrt()
+    def _start_from_data(self) -> None:
+        """Centring, scale (to a mean squared norm of hidden_size) and thresholds, from up to 65,536 states."""
         sae = self.accelerator.unwrap_model(self.model)
+        states = sample_states(self.train_dataset, _NORMALIZATION_STATES)  # type: ignore[arg-type]
+        sample = standardize(states.double(), sae.config.input_norm).states
+        mean = sample.mean(dim=0)
+        scale = (sample - mean).pow(2).mean().sqrt()
         sae.set_normalization(mean.to(sae.mean), scale.to(sae.scale))
+        sae.start_from(states[:: max(1, len(states) // _THRESHOLD_STATES)].to(sae.device), self._first_k())
 
 
 class _UnitNormDecoder(TrainerCallback):

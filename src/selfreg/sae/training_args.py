@@ -28,6 +28,8 @@ class SAETrainingArguments(TrainingArguments):
             0 turns it off.
         dead_after_tokens (`int`, *optional*): a feature is dead once it has not fired on this many states. None: a
             tenth of what training sees, at most 10 million.
+        sparsity_coefficient (`float`, *optional*): weight of the penalty of `relu` and `jumprelu`. None: led during
+            training to where `k` features are active.
         dead_loss_weight (`float`, defaults to 0.1): weight of the dead features' part in fine-tuning.
     """
 
@@ -37,6 +39,9 @@ class SAETrainingArguments(TrainingArguments):
     aux_coefficient: float = field(default=1 / 32, metadata={"help": "Weight of the auxiliary loss; 0: off."})
     dead_after_tokens: int | None = field(
         default=None, metadata={"help": "States without firing after which a feature is dead; None: chosen by length."}
+    )
+    sparsity_coefficient: float | None = field(
+        default=None, metadata={"help": "Weight of the sparsity penalty (relu, jumprelu); None: led by k."}
     )
     dead_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the dead features' part (finetune)."})
     # None stands for the default of the objective.
@@ -59,6 +64,7 @@ class SAETrainingArguments(TrainingArguments):
             "learning_rate": self.learning_rate,
             "aux_coefficient": self.aux_coefficient,
             "dead_loss_weight": self.dead_loss_weight,
+            "sparsity_coefficient": self.sparsity_coefficient or 0.0,
         }
         for name, value in checks.items():
             if value < 0:

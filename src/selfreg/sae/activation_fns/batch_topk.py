@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
-from selfreg.sae.kernels import select_active
+from selfreg.sae.activation_fns.base import Activation
+from selfreg.sae.kernels import Select, above, select_active
 
 _FIRST = 2
 """Times k: how many of each state are looked at first. Few states have more, and those are looked at again."""
 
 
-class BatchTopK:
-    """Training: a(h) = the k · N largest of ReLU(pre) over a batch. Inference: those above a learned threshold."""
+class BatchTopK(Activation):
+    """Training: a(h) = the k · N largest of ReLU(pre) over a batch. Inference: those above a threshold that training
+    has followed."""
 
-    learns_threshold = True
+    threshold = "running"
 
     def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
         num_states, num_features = len(x_ND), len(W_enc_FD)
@@ -32,6 +34,10 @@ class BatchTopK:
             values[rows], indices[rows] = more_values, more_indices
         # Equal values at the cut are few; keeping all of them makes the choice independent of their order.
         return values * (values >= cut), indices
+
+    def select_in_inference(self, threshold: Tensor | None) -> Select:
+        # Without a threshold yet, no batch has been seen: the k largest of each state.
+        return above(threshold) if threshold is not None and threshold > 0 else select_active
 
 
 def _widen(tensor: Tensor, places: int) -> Tensor:

@@ -2,13 +2,12 @@
 
 from torch import Tensor
 
+from selfreg.sae.activation_fns.base import Activation
 from selfreg.sae.kernels import select_active
 
 
-class TopK:
+class TopK(Activation):
     """a(h) = TopK(ReLU(pre)); the same in training and inference."""
-
-    learns_threshold = False
 
     def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return select_active(x_ND, W_enc_FD, b_enc_F, k)

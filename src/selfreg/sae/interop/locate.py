@@ -1,0 +1,108 @@
+"""Where an SAE lies: on this machine, or in a repo on the Hub."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from selfreg.sae.interop.formats import FORMATS, OWN, find_format, list_saes, no_sae_message
+
+logger = logging.getLogger(__name__)
+
+_FILES = sorted({file for files in FORMATS.values() for file in files} | {"activation_scaler.json"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """
+    Attributes:
+        path: a folder on this machine, or a file that is a whole SAE.
+        name: where it comes from: repo and folder, or the path.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the project's own format lies there."""
+        return find_format(self.path) == OWN
+
+
+def locate(
+    name_or_path: str | os.PathLike[str],
+    *,
+    subfolder: str = "",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Place:
+    """Finds an SAE of any known format, and downloads it where it is on the Hub: only its own files.
+
+    Raises:
+        ValueError: there is none; the message lists the SAEs of the repo or folder, or the known formats.
+        OSError: no such folder, and no such repo or no way to it.
+    """
+    path = Path(name_or_path, subfolder)
+    if path.exists():
+        return Place(path, str(path))
+    if Path(name_or_path).is_dir():
+        files = (file.relative_to(name_or_path).as_posix() for file in Path(name_or_path).rglob("*") if file.is_file())
+        raise ValueError(f"there is no {subfolder!r}: {no_sae_message(str(name_or_path), list_saes(files))}")
+    repo, folder = str(name_or_path), subfolder.strip("/")
+    where = f"{repo}/{folder}".rstrip("/")
+    if not local_files_only and not constants.is_offline_mode():
+        _check_repo(repo, folder, where, revision, token)
+    patterns = [f"{folder}/{file}".lstrip("/") for file in _FILES]
+    try:
+        snapshot = snapshot_download(
+            repo,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            allow_patterns=patterns,
+        )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise OSError(
+            f"{repo} is no folder on this machine and not in the Hub's cache, and nothing may be downloaded "
+            "(HF_HUB_OFFLINE or local_files_only is set), or the Hub can't be reached"
+        ) from error
+    except HFValidationError as error:
+        raise OSError(f"{repo} is no folder on this machine, and no name of a repo on the Hub: {error}") from error
+    path = Path(snapshot, folder)
+    if not path.is_dir():
+        raise OSError(f"{where} is not in the Hub's cache, and nothing may be downloaded")
+    return Place(path, where)
+
+
+def _check_repo(repo: str, folder: str, where: str, revision: str | None, token: Any) -> None:
+    """Before anything is downloaded: is there an SAE in that folder of the repo?"""
+    try:
+        files = HfApi(token=token).list_repo_files(repo, revision=revision)
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{repo} is no folder on this machine, and no repo on the Hub that this token may read: {error}"
+        ) from error
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        # What is in the cache may do.
+        logger.info("the files of %s could not be listed: %s", repo, error)
+        return
+    saes = list_saes(files)
+    if (folder or ".") in saes or any(sae.rpartition("/")[0] == folder for sae in saes if sae.endswith(".pth")):
+        return
+    inside = [sae for sae in saes if not folder or sae.startswith(f"{folder}/")]
+    raise ValueError(no_sae_message(where, inside or saes))

@@ -8,13 +8,16 @@ import pytest
 from typer.testing import CliRunner
 
 from selfreg import Recipe, __version__
-from selfreg.cli import _run, app
+from selfreg.cli import app
+from selfreg.cli.recipes import _run
 from selfreg.evaluation.classifier import FIGURES
 
 runner = CliRunner()
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], *(c.split() for c in ("run", "demo", "sae train", "sae finetune", "sae eval", "sae convert"))]
+)
 def test_help_teaches(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0

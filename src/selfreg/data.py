@@ -142,6 +142,22 @@ def load_rows(split: SplitRecipe) -> list[dict[str, Any]]:
     return rows
 
 
+def first_texts(texts: Sequence[str], max_tokens: int | None, max_length: int) -> list[str]:
+    """The first texts that hold about `max_tokens` tokens; all where it is None.
+
+    Counted by characters, which needs no tokenizer: four to a token, cut at `max_length` tokens.
+    """
+    if max_tokens is None:
+        return list(texts)
+    total = count = 0
+    for text in texts:
+        total += min(len(text), 4 * max_length)
+        count += 1
+        if total >= 4 * max_tokens:
+            break
+    return list(texts[:count])
+
+
 def _check(rows: list[dict[str, Any]], name: str, columns: list[str], data: DataRecipe) -> None:
     for column in columns:
         if column not in rows[0]:

@@ -15,7 +15,7 @@ from selfreg.activations.backbone import resolve_model, source_fingerprint
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.store import ActivationStore
 from selfreg.checks import check_recipe, check_sae_source
-from selfreg.data import TaskData, load_task
+from selfreg.data import TaskData, first_texts, load_task
 from selfreg.evaluation.report import ReportData, ReportFeature, write_report
 from selfreg.features.catalog import FeatureCatalog, sae_fingerprint
 from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
@@ -145,17 +145,7 @@ class _Run:
         limit = self.recipe.sae.pretrain.max_tokens
         if texts is None or self.recipe.sae.from_pretrained is not None:
             return None
-        if limit is None:
-            return texts
-        # About so many tokens: counted by characters, which needs no tokenizer; four to a token, cut at max_length.
-        most = 4 * self.recipe.backbone.max_length
-        total, count = 0, 0
-        for text in texts:
-            total += min(len(text), most)
-            count += 1
-            if total >= 4 * limit:
-                break
-        return texts[:count]
+        return first_texts(texts, limit, self.recipe.backbone.max_length)
 
     def _catalog(self, sae: SAEForFeatureExtraction, store: ActivationStore) -> FeatureCatalog:
         folder = self.output / "catalog"

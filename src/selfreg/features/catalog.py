@@ -293,10 +293,14 @@ _SCHEMA = pa.schema(
 def sae_fingerprint(sae: SAEForFeatureExtraction) -> str:
     """Tells one set of SAE weights from another: a hash over sums, which any training step changes."""
     with torch.no_grad():
-        tensors = (sae.W_enc, sae.b_enc, sae.decoder_weight, sae.b_dec, sae.mean, sae.scale)
+        tensors = [sae.W_enc, sae.b_enc, sae.decoder_weight, sae.b_dec, sae.mean, sae.scale]
+        if sae.activation.threshold != "none":
+            tensors.append(sae.threshold)
         # Sums over slices rather than all bytes: the weights of a wide SAE are gigabytes.
         parts = [f"{float(t.double().sum()):.6e} {float(t.double().pow(2).sum()):.6e}" for t in tensors]
-    return fingerprint_strings([f"{sae.config.num_features} {sae.config.hidden_size} {sae.config.k}", *parts])
+    return fingerprint_strings(
+        [f"{sae.config.num_features} {sae.config.hidden_size} {sae.config.k} {sae.config.activation}", *parts]
+    )
 
 
 class _Statistics:

@@ -1,31 +1,17 @@
-"""The `selfreg` command."""
+"""`selfreg run` and `selfreg demo`."""
 
 import json
-import logging
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-app = typer.Typer(
-    help="Controllable text classification: keep a classifier on LLM hidden states away from what it must not use.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-_console = Console()
-_errors = Console(stderr=True)
+from selfreg.cli.common import clear_errors, console, say, setup_logging
 
 _COLUMNS = {
     "accuracy": "accuracy",
@@ -37,24 +23,6 @@ _COLUMNS = {
 }
 
 
-def _print_version(value: bool) -> None:
-    if value:
-        from selfreg import __version__
-
-        _console.print(f"selfreg {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def run(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML file; see --schema.")] = None,
     set_: Annotated[
@@ -76,11 +44,10 @@ def run(
         return
     if recipe is None:
         raise typer.BadParameter("name a recipe file, or use --schema", param_hint="RECIPE")
-    with _clear_errors():
+    with clear_errors():
         _run(Recipe.from_yaml(recipe, set_))
 
 
-@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the SAE and the classifiers.")] = 0,
@@ -95,7 +62,7 @@ def demo(
     """
     from selfreg.demo.recipe import KEYWORDS, demo_recipe
 
-    with _clear_errors():
+    with clear_errors():
         _run(demo_recipe(output, seed=seed, features={"keywords": list(KEYWORDS)} if keywords else None))
 
 
@@ -104,22 +71,22 @@ def _run(recipe: Any) -> None:
     from selfreg.utils.progress import show_only_own_bars
 
     started = time.perf_counter()
-    _setup_logging()
+    setup_logging()
     show_only_own_bars()
 
     def tell(line: str) -> None:
         seconds = int(time.perf_counter() - started)
         clock = f"[dim]{seconds // 60}:{seconds % 60:02d}[/dim]"
         # A label may hold what rich takes for markup.
-        _console.print(f"{clock} {escape(line)}", highlight=False, soft_wrap=True, emoji=False)
+        console.print(f"{clock} {escape(line)}", highlight=False, soft_wrap=True, emoji=False)
 
     metrics = run_recipe(recipe, tell=tell)
-    _console.print()
+    console.print()
     for name in next(iter(metrics["methods"].values())):
-        _console.print(_table(metrics["methods"], name))
+        console.print(_table(metrics["methods"], name))
     output = Path(recipe.output)
-    _console.print(f"figures  {output / 'metrics.json'}", soft_wrap=True, highlight=False, emoji=False, markup=False)
-    _console.print(f"report   {output / 'report.html'}", soft_wrap=True, highlight=False, emoji=False, markup=False)
+    say(f"figures  {output / 'metrics.json'}")
+    say(f"report   {output / 'report.html'}")
 
 
 def _table(methods: dict[str, Any], eval_name: str) -> Table:
@@ -137,26 +104,3 @@ def _table(methods: dict[str, Any], eval_name: str) -> Table:
         cells = ["–" if figures[key] is None else f"{figures[key]:.3f}" for key in _COLUMNS]
         table.add_row(name, *cells, style="bold" if name == "selfreg" else None)
     return table
-
-
-def _setup_logging() -> None:
-    handler = RichHandler(console=_errors, show_time=False, show_path=False, markup=False)
-    logging.getLogger("selfreg").addHandler(handler)
-    logging.getLogger("selfreg").setLevel(os.environ.get("SELFREG_LOG_LEVEL", "WARNING").upper())
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """A user's mistake is one message, not a traceback; SELFREG_TRACEBACK=1 shows it all the same."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("SELFREG_TRACEBACK"):
-            raise
-        _errors.print("[bold red]error[/bold red] ", end="")
-        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True, emoji=False)
-        raise typer.Exit(1) from error
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,38 @@
+"""What all commands share: where they print, and how a user's mistake is told."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def setup_logging() -> None:
+    """Warnings of the project, and of nothing else, on stderr; SELFREG_LOG_LEVEL for more."""
+    handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
+    logging.getLogger("selfreg").addHandler(handler)
+    logging.getLogger("selfreg").setLevel(os.environ.get("SELFREG_LOG_LEVEL", "WARNING").upper())
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """A user's mistake is one message, not a traceback; SELFREG_TRACEBACK=1 shows it all the same."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("SELFREG_TRACEBACK"):
+            raise
+        errors.print("[bold red]error[/bold red] ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True, emoji=False)
+        raise typer.Exit(1) from error
+
+
+def say(line: str) -> None:
+    """A line as it is: a name or label may hold what rich takes for markup."""
+    console.print(line, highlight=False, soft_wrap=True, emoji=False, markup=False)

@@ -12,6 +12,8 @@ from selfreg import (
     HiddenStateExtractor,
     RegularizedSequenceClassifier,
     RegularizedSequenceClassifierConfig,
+    SAEConfig,
+    SAEForFeatureExtraction,
     UnintendedFeatures,
 )
 from selfreg.classifier.penalty import remove_features
@@ -50,6 +52,35 @@ def test_removal_token_by_token_before_pooling(pooling: str, texts: list[str]) -
         torch.testing.assert_close(states.pooled[row], wanted, rtol=1e-4, atol=1e-5)
         pre = shard.hidden_states @ model.encoder_directions.T + model.encoder_bias
         torch.testing.assert_close(states.activations[row], pre.relu().amax(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer_norm"])
+def test_removal_where_the_sae_normalises_each_state(norm: str, texts: list[str], tmp_path: Path) -> None:
+    extractor = HiddenStateExtractor(tiny_backbone(), word_tokenizer(), layer=1, max_length=32, name="t")
+    torch.manual_seed(0)
+    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=24, k=4, input_norm=norm))
+    sae.b_enc.data.normal_()
+    sae.b_dec.data.normal_()
+    sae.set_normalization(torch.randn(16) * 0.1, torch.tensor(1.3))
+    ids = [3, 7, 20]
+    unintended = UnintendedFeatures.from_ids(sae, ids)
+    unintended.save_pretrained(tmp_path)
+    assert UnintendedFeatures.from_pretrained(tmp_path).input_norm == norm
+    model = RegularizedSequenceClassifier.from_backbone(extractor, sae, unintended, num_labels=2)
+    states = model.pooled_states(texts, [0] * len(texts))
+    for row, text in enumerate(texts[:15]):
+        h = next(iter(extractor.iterate([text]))).hidden_states
+        with torch.no_grad():
+            pre = ((sae.normalize(h) - sae.b_dec) @ sae.W_enc[ids].T + sae.b_enc[ids]).relu()
+            length = h.std(dim=1, keepdim=True) if norm == "layer_norm" else h.pow(2).mean(dim=1, keepdim=True).sqrt()
+            removed = h - (pre * length) @ (sae.W_dec[ids] * sae.scale)
+        assert (removed - h).abs().max() > 0.01
+        torch.testing.assert_close(states.pooled[row], removed.mean(0), rtol=1e-4, atol=1e-4)
+    # The same from the classifier alone, without the SAE.
+    model.save_pretrained(tmp_path / "clf")
+    plain = RegularizedSequenceClassifier.from_backbone(extractor, sae, None, num_labels=2)
+    noted = plain.pooled_states(texts, [0] * len(texts), activations_of=model.unintended)
+    torch.testing.assert_close(noted.activations, states.activations)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])

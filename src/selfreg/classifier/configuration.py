@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from selfreg.activations.prompt import Pooling, PromptLayout, TokenRule, check_choice
 from selfreg.activations.spec import HiddenStateSpec
+from selfreg.sae.input_norm import InputNorm
 
 
 @strict
@@ -33,6 +34,7 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
         unintended_feature_ids (`list[int]`): the unintended features, as numbered in their SAE.
         unintended_reasons (`list[str]`): why each of them was chosen.
         sae_num_features (`int`, *optional*): width of that SAE.
+        input_norm (`str`, defaults to `"none"`): how that SAE normalises each state by itself.
         remove_unintended (`bool`, defaults to `True`): whether they are removed from the hidden states.
         selfreg_version (`str`, *optional*): version that wrote the config.
     """
@@ -56,6 +58,7 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
     unintended_feature_ids: list[int] | None = None
     unintended_reasons: list[str] | None = None
     sae_num_features: int | None = None
+    input_norm: InputNorm = "none"
     remove_unintended: bool = True
     selfreg_version: str | None = None
 

@@ -161,6 +161,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             unintended_feature_ids=list(unintended.feature_ids) if unintended else [],
             unintended_reasons=list(unintended.reasons) if unintended else [],
             sae_num_features=unintended.num_features if unintended else None,
+            input_norm=unintended.input_norm if unintended else "none",
             remove_unintended=remove_unintended,
             id2label=id2label,
             label2id={label: i for i, label in id2label.items()},
@@ -197,6 +198,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             decoder_directions=self.decoder_directions.detach().cpu(),
             num_features=self.config.sae_num_features or 0,
             spec=spec if spec.model else None,
+            input_norm=self.config.input_norm,
         )
 
     def train(self, mode: bool = True) -> "RegularizedSequenceClassifier":
@@ -298,7 +300,9 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         rows = self._rows()
         if activations_of is not None:
             rows = rows._replace(
-                watched_directions=activations_of.encoder_directions, watched_bias=activations_of.encoder_bias
+                watched_directions=activations_of.encoder_directions,
+                watched_bias=activations_of.encoder_bias,
+                watched_norm=activations_of.input_norm,
             ).to(self.score.weight.device)
         with torch.inference_mode():
             if isinstance(texts, ActivationStore):
@@ -309,7 +313,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         return PooledStates(pooled.clone(), activations.clone(), labels, removed=self.config.remove_unintended)
 
     def _rows(self) -> FeatureRows:
-        return FeatureRows(self.encoder_directions, self.encoder_bias, self.decoder_directions)
+        return FeatureRows(self.encoder_directions, self.encoder_bias, self.decoder_directions, self.config.input_norm)
 
     def extractor(self) -> HiddenStateExtractor:
         """The extractor that gives the states this classifier reads."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfreg.activations.prompt import check_choice
+from selfreg.sae.input_norm import InputNorm, length_factor
 
 Similarity = Literal["encoder", "dot", "cosine", "subspace"]
 
@@ -65,21 +66,34 @@ def orthonormal_basis(directions: Tensor) -> Tensor:
     return vectors[singular > _RANK_TOLERANCE * largest].to(directions.dtype)
 
 
-def feature_activations(hidden_states: Tensor, encoder_directions: Tensor, encoder_bias: Tensor) -> Tensor:
-    """ReLU pre-activations of features in raw hidden states: `[..., D]` -> `[..., U]`."""
-    return torch.relu(hidden_states @ encoder_directions.T + encoder_bias)
+def feature_activations(
+    hidden_states: Tensor, encoder_directions: Tensor, encoder_bias: Tensor, input_norm: InputNorm = "none"
+) -> Tensor:
+    """ReLU pre-activations of features in raw hidden states: `[..., D]` -> `[..., U]`.
+
+    Where the SAE normalises each state by itself, times what it divides the state by, so that an activation of 1 is
+    one decoder direction in the raw state there too.
+    """
+    bias = encoder_bias * length_factor(hidden_states, input_norm)
+    return torch.relu(hidden_states @ encoder_directions.T + bias)
 
 
 def remove_features(
-    hidden_states: Tensor, encoder_directions: Tensor, encoder_bias: Tensor, decoder_directions: Tensor
+    hidden_states: Tensor,
+    encoder_directions: Tensor,
+    encoder_bias: Tensor,
+    decoder_directions: Tensor,
+    input_norm: InputNorm = "none",
 ) -> Tensor:
     """h' = h - Σ_c a_c(h) · W_dec[c], a_c the ReLU pre-activation, no TopK and no decoder bias.
 
     Args:
         hidden_states (`[..., D]`): raw.
         encoder_directions (`[U, D]`), encoder_bias (`[U]`), decoder_directions (`[U, D]`): in raw hidden-state space.
+        input_norm: how their SAE normalises each state by itself.
     """
-    return hidden_states - feature_activations(hidden_states, encoder_directions, encoder_bias) @ decoder_directions
+    activations = feature_activations(hidden_states, encoder_directions, encoder_bias, input_norm)
+    return hidden_states - activations @ decoder_directions
 
 
 def dependence_directions(states: Tensor, activations: Tensor, groups: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from selfreg.activations.prompt import PromptBatch, pool_hidden_states, select_t
 from selfreg.activations.store import ActivationStore, pool_shard
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.penalty import feature_activations
+from selfreg.sae.input_norm import InputNorm
 from selfreg.utils.progress import progress
 
 
@@ -21,18 +22,28 @@ class FeatureRows(NamedTuple):
 
     Attributes:
         encoder_directions (`[U, D]`), encoder_bias (`[U]`), decoder_directions (`[U, D]`): of the unintended features.
-        watched_directions (`[W, D]`), watched_bias (`[W]`): of the features whose largest activations are noted; None:
-            those of the unintended ones.
+        input_norm: how their SAE normalises each state by itself.
+        watched_directions (`[W, D]`), watched_bias (`[W]`), watched_norm: of the features whose largest activations
+            are noted; None: those of the unintended ones.
     """
 
     encoder_directions: Tensor
     encoder_bias: Tensor
     decoder_directions: Tensor
+    input_norm: InputNorm = "none"
     watched_directions: Tensor | None = None
     watched_bias: Tensor | None = None
+    watched_norm: InputNorm = "none"
 
     def to(self, device: torch.device) -> "FeatureRows":
-        return FeatureRows(*(None if rows is None else rows.to(device) for rows in self))  # type: ignore[arg-type]
+        moved: dict[str, Any] = {
+            name: rows.to(device) for name, rows in self._asdict().items() if isinstance(rows, Tensor)
+        }
+        return self._replace(**moved)
+
+    def activations(self, states: Tensor) -> Tensor:
+        """Of the unintended features in raw states `[..., D]` -> `[..., U]`."""
+        return feature_activations(states, self.encoder_directions, self.encoder_bias, self.input_norm)
 
     @property
     def num_watched(self) -> int:
@@ -42,7 +53,7 @@ class FeatureRows(NamedTuple):
         """Activations of the watched features in `states`, given those of the unintended ones."""
         if self.watched_directions is None or self.watched_bias is None:
             return activations
-        return feature_activations(states, self.watched_directions, self.watched_bias)
+        return feature_activations(states, self.watched_directions, self.watched_bias, self.watched_norm)
 
     def remove(self, config: RegularizedSequenceClassifierConfig, pooled: Tensor, activations: Tensor) -> Tensor:
         """`pooled` without the unintended features, if the config says so."""
@@ -58,11 +69,11 @@ def pool_tokens(
     hidden, batch = hidden.to(device), PromptBatch(*(tensor.to(device) for tensor in batch))
     norm = config.reference_norm if config.reference_norm is not None else float("inf")
     selected, keep = select_tokens(hidden, batch, config.token_rule, norm)  # type: ignore[arg-type]
-    activations = feature_activations(selected, rows.encoder_directions, rows.encoder_bias)
+    activations = rows.activations(selected)
     maxima = rows.watched(selected, activations).masked_fill(~keep.unsqueeze(-1), 0.0).amax(dim=1)
     if config.pooling == "cls":
         pooled = hidden[:, 0]
-        pooled_activations = feature_activations(pooled, rows.encoder_directions, rows.encoder_bias)
+        pooled_activations = rows.activations(pooled)
     else:
         pooled = pool_hidden_states(selected, keep, config.pooling)  # type: ignore[arg-type]
         pooled_activations = pool_hidden_states(activations, keep, config.pooling)  # type: ignore[arg-type]
@@ -99,13 +110,10 @@ def pool_store(
     maxima = torch.zeros(store.num_texts, rows.num_watched)
     for shard in store.shards():
         states = shard.hidden_states.float()
-        activations = feature_activations(states, rows.encoder_directions, rows.encoder_bias)
+        activations = rows.activations(states)
         part = slice(shard.first_text, shard.end_text)
         raw = pool_shard(shard, states, pooling)
-        if pooling == "cls":
-            pooled_activations = feature_activations(raw, rows.encoder_directions, rows.encoder_bias)
-        else:
-            pooled_activations = pool_shard(shard, activations, pooling)
+        pooled_activations = rows.activations(raw) if pooling == "cls" else pool_shard(shard, activations, pooling)
         pooled[part] = rows.remove(config, raw, pooled_activations)
         watched = rows.watched(states, activations)
         index = (shard.text_ids.long() - shard.first_text).unsqueeze(1).expand_as(watched)

@@ -19,6 +19,7 @@ from selfreg.activations.spec import HiddenStateSpec
 from selfreg.activations.store import ActivationStore, save_tensors
 from selfreg.features.activations import largest_activations
 from selfreg.features.spans import Span
+from selfreg.sae.input_norm import InputNorm
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.files import read_json, write_json
 
@@ -42,10 +43,13 @@ class UnintendedFeatures:
     Attributes:
         feature_ids (`list[int]`): which features of the SAE, strongest reason first.
         reasons (`list[str]`): why each was chosen, for a reader.
-        encoder_directions (`[U, D]`), encoder_bias (`[U]`): pre-activation of raw hidden states.
+        encoder_directions (`[U, D]`), encoder_bias (`[U]`): pre-activation of raw hidden states; see `input_norm`.
         decoder_directions (`[U, D]`): what an activation of 1 adds to a raw hidden state.
         num_features (`int`): width of the SAE.
         spec (`HiddenStateSpec`, *optional*): the states that the SAE was trained on.
+        input_norm (`str`): how the SAE normalises each state by itself. Where it does, the bias is multiplied with
+            what the state h is divided by: pre = direction · h + bias · length(h), and the directions are centred
+            for layer_norm.
     """
 
     feature_ids: list[int]
@@ -55,6 +59,7 @@ class UnintendedFeatures:
     decoder_directions: Tensor
     num_features: int
     spec: HiddenStateSpec | None
+    input_norm: InputNorm = "none"
 
     def __len__(self) -> int:
         return len(self.feature_ids)
@@ -80,14 +85,19 @@ class UnintendedFeatures:
             raise ValueError("a feature id is given twice")
         with torch.no_grad():
             rows = torch.tensor(ids, dtype=torch.long, device=sae.device)
+            encoder = sae.encoder_directions[rows].float().cpu().clone()
+            if sae.config.input_norm == "layer_norm":
+                # The mean over the dimensions of a state is taken off before the product: direction · (h - mean(h)).
+                encoder -= encoder.mean(dim=1, keepdim=True)
             return cls(
                 feature_ids=ids,
                 reasons=list(reasons) if reasons is not None else ["named by id"] * len(ids),
-                encoder_directions=sae.encoder_directions[rows].float().cpu().clone(),
+                encoder_directions=encoder,
                 encoder_bias=sae.encoder_bias[rows].float().cpu().clone(),
                 decoder_directions=sae.decoder_directions[rows].float().cpu().clone(),
                 num_features=sae.config.num_features,
                 spec=sae.config.hidden_state_spec(),
+                input_norm=sae.config.input_norm,
             )
 
     @classmethod
@@ -187,7 +197,7 @@ class UnintendedFeatures:
 
     def fingerprint(self) -> str:
         """Of all that a classifier takes from it."""
-        digest = hashlib.sha256(str(self.feature_ids).encode())
+        digest = hashlib.sha256(f"{self.feature_ids} {self.input_norm}".encode())
         for tensor in (self.encoder_directions, self.encoder_bias, self.decoder_directions):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -207,6 +217,7 @@ class UnintendedFeatures:
             "format_version": FORMAT_VERSION,
             "num_features": self.num_features,
             "spec": self.spec.to_dict() if self.spec else None,
+            "input_norm": self.input_norm,
             "features": features,
         }
         write_json(folder / CONFIG_NAME, config)
@@ -234,6 +245,7 @@ class UnintendedFeatures:
             reasons=[feature["reason"] for feature in config["features"]],
             num_features=config["num_features"],
             spec=HiddenStateSpec.from_dict(config["spec"]) if config["spec"] else None,
+            input_norm=config.get("input_norm", "none"),
             **tensors,
         )
 

@@ -16,13 +16,22 @@ class Standardized(NamedTuple):
 
     states: Tensor
     shift: Tensor | None
-    factor: Tensor | None
+    factor: Tensor | float | None
 
     def restore(self, reconstruction: Tensor) -> Tensor:
         """A reconstruction of `states`, in the space of raw hidden states."""
         if self.factor is not None:
             reconstruction = reconstruction * self.factor
         return reconstruction if self.shift is None else reconstruction + self.shift
+
+
+def length_factor(hidden_states: Tensor, kind: InputNorm) -> Tensor | float:
+    """What a decoder direction is multiplied with on its way back to raw states `[..., D]` -> `[..., 1]`."""
+    if kind == "none":
+        return 1.0
+    if kind == "rms":
+        return torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True) / hidden_states.shape[-1] ** 0.5
+    return hidden_states.std(dim=-1, keepdim=True)
 
 
 def standardize(hidden_states: Tensor, kind: InputNorm) -> Standardized:
@@ -34,9 +43,8 @@ def standardize(hidden_states: Tensor, kind: InputNorm) -> Standardized:
     if kind == "none":
         return Standardized(hidden_states, None, None)
     if kind == "rms":
-        factor = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True) / hidden_states.shape[-1] ** 0.5
+        factor = length_factor(hidden_states, kind)
         return Standardized(hidden_states / factor, None, factor)
     shift = hidden_states.mean(dim=-1, keepdim=True)
-    centred = hidden_states - shift
-    spread = centred.std(dim=-1, keepdim=True)
-    return Standardized(centred / (spread + _EPSILON), shift, spread)
+    spread = length_factor(hidden_states, kind)
+    return Standardized((hidden_states - shift) / (spread + _EPSILON), shift, spread)

@@ -22,11 +22,14 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 """Library -> the files by which its folders are known."""
 
+FILE_SUFFIXES = (authors.SUFFIX,)
+"""Of files that are a whole SAE."""
+
 _SHOWN = 12
 
 
-def find_format(path: Path) -> str:
-    """The library that wrote a folder or a file.
+def find_format(path: Path, name: str | None = None) -> str:
+    """The library that wrote a folder or a file; `name` is what errors call it.
 
     Raises:
         ValueError: none that is known; lists the SAEs in the folders below, or what would be known.
@@ -39,9 +42,9 @@ def find_format(path: Path) -> str:
             return found
         raise ValueError(f"{path} is not a file that is known here: {_known()}")
     names = {entry.name for entry in path.iterdir()}
-    for name in ("SAELens", "sparsify", "Gemma Scope", "dictionary_learning"):
-        if set(FORMATS[name]) <= names:
-            return name
+    for kind in ("SAELens", "sparsify", "Gemma Scope", "dictionary_learning"):
+        if set(FORMATS[kind]) <= names:
+            return kind
     if "config.json" in names:
         config = read_config(path / "config.json")
         if config.get("model_type") == "sparse_autoencoder":
@@ -52,9 +55,9 @@ def find_format(path: Path) -> str:
     if len(checkpoints) == 1:
         return "the paper's authors"
     if checkpoints:
-        raise ValueError(f"{path} holds several SAEs: name the file, one of {', '.join(checkpoints)}")
+        raise ValueError(f"{name or path} holds several SAEs: name the file, one of {', '.join(checkpoints)}")
     files = (entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
-    raise ValueError(no_sae_message(str(path), list_saes(files)))
+    raise ValueError(no_sae_message(name or str(path), list_saes(files)))
 
 
 def read_foreign(path: Path, name: str) -> Foreign:
@@ -63,7 +66,7 @@ def read_foreign(path: Path, name: str) -> Foreign:
         path: a folder, or a file where one file is a whole SAE.
         name: where it comes from (repo and folder), which some formats are read from.
     """
-    kind = find_format(path)
+    kind = find_format(path, name)
     folder = path.parent if path.is_file() else path
     if kind == "SAELens":
         return saelens.read(folder)
@@ -83,12 +86,14 @@ def read_foreign(path: Path, name: str) -> Foreign:
 def list_saes(files: Iterable[str]) -> list[str]:
     """The folders that hold an SAE (or the files that are one), from the paths of a repo or a folder."""
     folders: dict[str, set[str]] = {}
-    found: set[str] = set()
+    single: dict[str, list[str]] = {}
     for file in files:
         path = PurePosixPath(file)
         folders.setdefault(str(path.parent), set()).add(path.name)
-        if path.suffix == authors.SUFFIX:
-            found.add(file)
+        if path.suffix in FILE_SUFFIXES:
+            single.setdefault(str(path.parent), []).append(file)
+    # A file by itself may be named by its folder.
+    found = {name for folder, names in single.items() for name in (names if len(names) > 1 else [folder])}
     markers: list[Any] = [set(names) for names in FORMATS.values() if not names[0].startswith("*")]
     found |= {folder for folder, names in folders.items() if any(marker <= names for marker in markers)}
     return sorted(found, key=_natural)

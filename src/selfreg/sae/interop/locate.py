@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from selfreg.sae.interop.formats import FORMATS, OWN, find_format, list_saes, no_sae_message
+from selfreg.sae.interop.formats import FILE_SUFFIXES, FORMATS, OWN, find_format, list_saes, no_sae_message
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Place:
     @property
     def is_own(self) -> bool:
         """Whether the project's own format lies there."""
-        return find_format(self.path) == OWN
+        return find_format(self.path, self.name) == OWN
 
 
 def locate(
@@ -65,7 +65,8 @@ def locate(
     where = f"{repo}/{folder}".rstrip("/")
     if not local_files_only and not constants.is_offline_mode():
         _check_repo(repo, folder, where, revision, token)
-    patterns = [f"{folder}/{file}".lstrip("/") for file in _FILES]
+    is_file = Path(folder).suffix in FILE_SUFFIXES
+    patterns = [folder] if is_file else [f"{folder}/{file}".lstrip("/") for file in _FILES]
     try:
         snapshot = snapshot_download(
             repo,
@@ -84,7 +85,7 @@ def locate(
     except HFValidationError as error:
         raise OSError(f"{repo} is no folder on this machine, and no name of a repo on the Hub: {error}") from error
     path = Path(snapshot, folder)
-    if not path.is_dir():
+    if not path.exists():
         raise OSError(f"{where} is not in the Hub's cache, and nothing may be downloaded")
     return Place(path, where)
 
@@ -102,7 +103,7 @@ def _check_repo(repo: str, folder: str, where: str, revision: str | None, token:
         logger.info("the files of %s could not be listed: %s", repo, error)
         return
     saes = list_saes(files)
-    if (folder or ".") in saes or any(sae.rpartition("/")[0] == folder for sae in saes if sae.endswith(".pth")):
+    if (folder or ".") in saes:
         return
     inside = [sae for sae in saes if not folder or sae.startswith(f"{folder}/")]
     raise ValueError(no_sae_message(where, inside or saes))

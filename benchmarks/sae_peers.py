@@ -37,11 +37,32 @@ Maker = Callable[[int, int, int, int], Method]
 
 
 def saelens(width: int, features: int, k: int, steps: int) -> Method:
-    from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    return _saelens(TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=k)), steps)
+
+
+def saelens_batch_topk(width: int, features: int, k: int, steps: int) -> Method:
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+    return _saelens(BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=width, d_sae=features, k=k)), steps)
+
+
+def saelens_matryoshka(width: int, features: int, k: int, steps: int) -> Method:
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
+
+    widths = [features // part for part in (16, 8, 4, 2, 1)]
+    config = MatryoshkaBatchTopKTrainingSAEConfig(d_in=width, d_sae=features, k=k, matryoshka_widths=widths)
+    return _saelens(MatryoshkaBatchTopKTrainingSAE(config), steps)
+
+
+def _saelens(sae: Any, steps: int) -> Method:
+    from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=k))
     settings = SAETrainerConfig(
         total_training_samples=2048 * steps, train_batch_size_samples=2048, lr=1e-3, lr_end=1e-4
     )
@@ -54,9 +75,17 @@ def saelens(width: int, features: int, k: int, steps: int) -> Method:
 
     def activations(x: Tensor) -> Tensor:
         found = sae.encode(x)
-        return found.to_dense() if found.is_sparse else found
+        found = found.to_dense() if found.is_sparse else found
+        # In inference SAELens compares with the threshold that training has followed.
+        threshold = getattr(sae, "topk_threshold", None)
+        return found if threshold is None else _above_threshold(sae, x)
 
-    return Method(step, sae.encode, lambda x: sae.decode(sae.encode(x)), activations)
+    return Method(step, sae.encode, lambda x: sae.decode(activations(x)), activations)
+
+
+def _above_threshold(sae: Any, x: Tensor) -> Tensor:
+    _, pre = sae.encode_with_hidden_pre(x)
+    return torch.relu(pre) * (pre > sae.topk_threshold)
 
 
 def sparsify(width: int, features: int, k: int, steps: int) -> Method:
@@ -143,6 +172,12 @@ def _without_vision() -> None:
         # overcomplete 0.3 with a newer matplotlib.
         matplotlib.cm.get_cmap = lambda name=None, *_: matplotlib.colormaps[name]
 
+
+QUALITY_PEERS: dict[str, Maker] = {
+    "SAELens batch_topk": saelens_batch_topk,
+    "SAELens batch_topk, prefixes": saelens_matryoshka,
+}
+"""Other architectures, for what they reach."""
 
 PEERS: dict[str, Maker] = {
     "SAELens": saelens,

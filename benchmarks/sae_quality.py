@@ -1,6 +1,6 @@
 """How good are the SAEs? selfreg and its peers trained on the same hidden states for the same steps.
 
-    SELFREG_DATA=/path/to/data python benchmarks/sae_quality.py --tokens 300000 --steps 1000
+    SELFREG_DATA=/path/to/data python benchmarks/sae_quality.py --tokens 1000000 --steps 1000
 
 SmolLM2-135M-Instruct, layer 15, on the general text of SELFREG_DATA (`sae_text`); every library trains with its own
 defaults, on states that were centred and scaled alike, with the same batches. Fraction of variance unexplained (FVU),
@@ -9,7 +9,6 @@ and finished rows are kept in --output.
 """
 
 import argparse
-import os
 import time
 import warnings
 from datetime import UTC, datetime
@@ -21,25 +20,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sae_peers import PEERS, Method
-from selfreg import (
-    ActivationStore,
-    HiddenStateExtractor,
-    SAEConfig,
-    SAEForFeatureExtraction,
-    SAETrainer,
-    SAETrainingArguments,
-)
-from selfreg.data import load_rows
-from selfreg.demo.recipe import demo_backbone
-from selfreg.recipe import SplitRecipe
+from sae_peers import PEERS, QUALITY_PEERS, Method
+from selfreg import ActivationStore, SAEConfig, SAEForFeatureExtraction, SAETrainer, SAETrainingArguments
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.utils.files import read_json, write_json
+from states import general_states
+
+OURS: dict[str, dict[str, Any]] = {
+    "selfreg topk": {"activation": "topk"},
+    "selfreg batch_topk": {"activation": "batch_topk"},
+    "selfreg jumprelu": {"activation": "jumprelu"},
+    "selfreg relu": {"activation": "relu"},
+    "selfreg topk, prefixes": {"activation": "topk", "prefixes": [16, 8, 4, 2, 1]},
+    "selfreg batch_topk, prefixes": {"activation": "batch_topk", "prefixes": [16, 8, 4, 2, 1]},
+}
+"""Configurations; a prefix is given as what part of the features it is."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=300_000, help="to train on")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="to train on")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--features", type=int, default=4608)
     parser.add_argument("--k", type=int, default=32)
@@ -48,21 +48,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/sae-quality"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    train, test = stores(options)
+    stores = general_states(options.tokens, options.output)
+    train, test = stores["train"], stores["test"]
     mean = (sample := train.gather(range(0, len(train), 7)).double()).mean(dim=0)
     scale = float((sample - mean).pow(2).mean().sqrt())
     mean = mean.float()
-    path = options.output / f"rows-{options.features}-{options.k}-{options.steps}.json"
+    path = options.output / f"rows-{options.tokens}-{options.features}-{options.k}-{options.steps}.json"
     rows: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
-    for name in ("selfreg", *PEERS):
+    peers = {**{f"{name} topk": maker for name, maker in PEERS.items()}, **QUALITY_PEERS}
+    for name in (*OURS, *peers):
         if name in rows or (options.only and name not in options.only):
             continue
         started = time.perf_counter()
         try:
-            if name == "selfreg":
-                figures = ours(options, train, test)
+            if name in OURS:
+                figures = ours(options, OURS[name], train, test)
             else:
-                figures = theirs(options, PEERS[name], train, test, mean, scale)
+                figures = theirs(options, peers[name], train, test, mean, scale)
         except Exception as error:
             print(f"{name}: not measured: {type(error).__name__}: {error}")
             continue
@@ -83,23 +85,14 @@ def main() -> None:
     console.print(f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}")
 
 
-def stores(options: argparse.Namespace) -> tuple[ActivationStore, ActivationStore]:
-    data = Path(os.environ.get("SELFREG_DATA", "../shared/data")) / "sae_text"
-    extractor = HiddenStateExtractor.from_pretrained(demo_backbone(), layer=15, max_length=128)
-    found = []
-    for split, tokens in (("train", options.tokens), ("test", options.tokens // 8)):
-        texts = [row["text"] for row in load_rows(SplitRecipe(path=str(data / f"{split}.jsonl.xz")))]
-        count = total = 0
-        while total < tokens and count < len(texts):
-            total += sum(end - start for _, start, end in extractor.tokenize(texts[count : count + 16]))
-            count += 16
-        found.append(extractor.extract(texts[:count], options.output / f"{split}-{options.tokens}"))
-    return found[0], found[1]
-
-
-def ours(options: argparse.Namespace, train: ActivationStore, test: ActivationStore) -> dict[str, float]:
+def ours(
+    options: argparse.Namespace, settings: dict[str, Any], train: ActivationStore, test: ActivationStore
+) -> dict[str, float]:
     torch.manual_seed(0)
-    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=576, num_features=options.features, k=options.k))
+    if "prefixes" in settings:
+        settings = {**settings, "prefixes": [options.features // part for part in settings["prefixes"]]}
+    config = SAEConfig(hidden_size=train.hidden_size, num_features=options.features, k=options.k, **settings)
+    sae = SAEForFeatureExtraction(config)
     args = SAETrainingArguments(
         str(options.output / "selfreg"),
         max_steps=options.steps,
@@ -117,7 +110,7 @@ def theirs(
     options: argparse.Namespace, make: Any, train: ActivationStore, test: ActivationStore, mean: Tensor, scale: float
 ) -> dict[str, float]:
     torch.manual_seed(0)
-    method: Method = make(576, options.features, options.k, options.steps)
+    method: Method = make(train.hidden_size, options.features, options.k, options.steps)
     generator = torch.Generator().manual_seed(0)
     done = 0
     while done < options.steps:

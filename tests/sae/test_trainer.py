@@ -2,11 +2,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -15,9 +17,11 @@ from sae_helpers import States, make_args, make_sae
 from selfreg import (
     ActivationStore,
     HiddenStateExtractor,
+    SAEConfig,
     SAEForFeatureExtraction,
     SAETrainer,
 )
+from selfreg.sae.configuration import ACTIVATION_NAMES
 from selfreg.sae.data import sample_states
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.utils.trainer import last_whole_checkpoint
@@ -119,7 +123,8 @@ def test_finetuning_wakes_features_that_the_task_needs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", ["pretrain", "finetune"])
-def test_resumed_training_is_the_undisturbed_one(tmp_path: Path, objective: str) -> None:
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+def test_resumed_training_is_the_undisturbed_one(tmp_path: Path, objective: str, activation: str) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 7:
@@ -135,7 +140,7 @@ def test_resumed_training_is_the_undisturbed_one(tmp_path: Path, objective: str)
             save_steps=3,
             dead_after_tokens=300,
         )
-        sae = make_sae()
+        sae = make_sae(activation=activation)
         with torch.no_grad():
             sae.b_enc[30:] = -30.0
         return SAETrainer(sae, args, train_dataset=States(), callbacks=callbacks)
@@ -151,6 +156,52 @@ def test_resumed_training_is_the_undisturbed_one(tmp_path: Path, objective: str)
     again.train(resume_from_checkpoint=checkpoint)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+_TRAINING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from sae_helpers import States, make_args, make_sae
+from selfreg import SAETrainer
+args = make_args(Path(sys.argv[2]), max_steps=3000, save_strategy="steps", save_steps=20, learning_rate=5e-3)
+SAETrainer(make_sae(activation="jumprelu"), args, train_dataset=States()).train()
+"""
+
+
+def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _TRAINING, str(Path(__file__).parents[1]), str(tmp_path / "cut")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while last_whole_checkpoint(tmp_path / "cut") is None:
+        assert process.poll() is None, "the training ended before its first checkpoint"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    checkpoint = last_whole_checkpoint(tmp_path / "cut")
+    assert checkpoint is not None
+    done = int(checkpoint.rpartition("-")[2])
+    assert done < 3000
+
+    def make(folder: str) -> SAETrainer:
+        # The schedule is that of the whole training; it is stopped a little after the kill.
+        args = make_args(tmp_path / folder, max_steps=3000, save_strategy="steps", save_steps=5000, learning_rate=5e-3)
+        stop = _StopAt(done + 15)
+        return SAETrainer(make_sae(activation="jumprelu"), args, train_dataset=States(), callbacks=[stop])
+
+    again, whole = make("cut"), make("whole")
+    again.train(resume_from_checkpoint=checkpoint)
+    whole.train()
+    assert again.state.global_step == whole.state.global_step == done + 15
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
 
 
 def test_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
@@ -294,6 +345,37 @@ def test_diverged_training_stops_with_a_word(tmp_path: Path) -> None:
     trainer = SAETrainer(make_sae(), make_args(tmp_path, learning_rate=1e38), train_dataset=States())
     with pytest.raises(ValueError, match="training diverged before step .* lower learning_rate=1e"):
         trainer.train()
+
+
+def test_a_state_that_is_not_finite_is_named(
+    extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    store = extractor.extract(texts, tmp_path / "store", shard_tokens=100)
+    shard = tmp_path / "store" / store.manifest["shards"][2]["file"]
+    tensors = load_file(shard)
+    tensors["hidden_states"][7, 3] = torch.nan
+    save_file(tensors, shard)
+    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=48, k=4))
+    # Whether the SAE is new, or the state only comes in a batch.
+    for normalized in (False, True):
+        if normalized:
+            sae.set_normalization(torch.ones(16), torch.ones(()))
+        trainer = SAETrainer(sae, make_args(tmp_path), train_dataset=ActivationStore(tmp_path / "store"))
+        with pytest.raises(ValueError, match=r"row 7 of .*shard-00002.safetensors \(texts \d+ to \d+\)"):
+            trainer.train()
+    rows = States()
+    rows.states[11, 2] = torch.inf
+    with pytest.raises(ValueError, match="row 11 of the dataset"):
+        SAETrainer(make_sae(), make_args(tmp_path), train_dataset=rows).train()
+
+
+def test_large_states_are_no_error(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    store = extractor.extract(texts, tmp_path / "store")
+    shard = tmp_path / "store" / store.manifest["shards"][0]["file"]
+    tensors = load_file(shard)
+    tensors["hidden_states"][:2] = 3e38
+    save_file(tensors, shard)
+    assert torch.isfinite(ActivationStore(tmp_path / "store").gather([0, 1, 2])).all()
 
 
 def test_figures_are_of_states_of_its_own_backbone(

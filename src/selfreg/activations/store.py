@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -127,7 +128,11 @@ class ActivationStore:
         return StatesBatch(self.gather(indices))
 
     def gather(self, indices: Sequence[int]) -> Tensor:
-        """The states of the tokens `indices`, `[len(indices), hidden_size]`, float32."""
+        """The states of the tokens `indices`, `[len(indices), hidden_size]`, float32.
+
+        Raises:
+            ValueError: a state holds a value that is not finite; names the shard and the row.
+        """
         wanted = np.asarray(indices)
         shard_of = np.searchsorted(self._offsets, wanted, side="right") - 1
         out = torch.empty(len(wanted), self.hidden_size)
@@ -135,7 +140,24 @@ class ActivationStore:
             rows = np.nonzero(shard_of == shard)[0]
             local = torch.from_numpy(wanted[rows] - self._offsets[shard])
             out[torch.from_numpy(rows)] = self._hidden_states(int(shard))[local].float()
+        # The sum of all is not finite where one is not, and costs a tenth of looking at each.
+        if not torch.isfinite(out.sum()):
+            self._name_broken_state(wanted, out)
         return out
+
+    def _name_broken_state(self, wanted: NDArray[np.int64], states: Tensor) -> None:
+        broken = (~torch.isfinite(states)).any(dim=1).nonzero().flatten()
+        if len(broken) == 0:
+            # Large, but finite: only their sum was not.
+            return
+        row = int(wanted[int(broken[0])])
+        shard = int(np.searchsorted(self._offsets, row, side="right")) - 1
+        entry = self.manifest["shards"][shard]
+        raise ValueError(
+            f"a hidden state is not finite: row {row - int(self._offsets[shard])} of {self.path / entry['file']} "
+            f"(texts {entry['first_text']} to {entry['end_text'] - 1}); look at the text and the backbone's dtype, "
+            "and extract the store again with overwrite=True"
+        )
 
     def shards(self) -> Iterator[StoreShard]:
         """The shards in order, one in memory at a time."""

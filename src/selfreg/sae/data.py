@@ -19,10 +19,18 @@ class StatesDataset(Protocol):
 
 
 def gather_states(dataset: StatesDataset, indices: Sequence[int]) -> Tensor:
-    """The states of the rows `indices`, `[len(indices), hidden_size]`."""
+    """The states of the rows `indices`, `[len(indices), hidden_size]`.
+
+    Raises:
+        ValueError: a state holds a value that is not finite; names the row.
+    """
     if isinstance(dataset, ActivationStore):
         return dataset.gather(indices)
-    return collate_states([dataset[int(index)] for index in indices])["hidden_states"]
+    states = collate_states([dataset[int(index)] for index in indices])["hidden_states"]
+    broken = (~torch.isfinite(states)).flatten(1).any(dim=1).nonzero().flatten()
+    if len(broken):
+        raise ValueError(f"row {int(indices[int(broken[0])])} of the dataset holds a hidden state that is not finite")
+    return states
 
 
 def collate_states(rows: Sequence[Any]) -> dict[str, Tensor]:

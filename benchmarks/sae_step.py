@@ -128,6 +128,8 @@ def trainer_seconds(width: int, features: int, k: int, batch: int, steps: int, s
             max_steps=steps,
             per_device_train_batch_size=batch,
             k_start=k,
+            # As in the bare step: nothing is dead, and there is no auxiliary loss.
+            dead_after_tokens=10_000_000,
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",

@@ -1,9 +1,13 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from selfreg import SAEConfig, SAEForFeatureExtraction
 from selfreg.sae import kernels
 from selfreg.sae.kernels import (
     gather_sum,
@@ -120,3 +124,38 @@ def test_tied_weights_get_both_gradients() -> None:
     (_reference(*dense, dense[1], 3) + dense[3]).pow(2).sum().backward()
     for a, c in zip((x, W, b, b_dec), dense, strict=True):
         torch.testing.assert_close(a.grad, c.grad)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operation has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+def test_a_step_never_holds_all_pre_activations(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, features, width = 256, 2048, 8
+    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", 32 * features)
+    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=width, num_features=features, k=4, activation=activation))
+    x = torch.randn(states, width)
+    sae.set_normalization(x.mean(dim=0), x.std())
+    sae.start_from(x, 4)
+    sae.train()
+    with _Largest() as largest:
+        output = sae(x)
+        sae.count_fired(output.features)
+        output.loss.backward()
+        sae.project_decoder_gradient()
+        sae.normalize_decoder()
+        sae.eval().encode(x)
+    # A chunk, and nothing of the size of the batch's pre-activations.
+    assert 32 * features <= largest.numel < states * features / 2

@@ -13,7 +13,7 @@ from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.input_norm import Standardized, standardize
 from selfreg.sae.interop.formats import read_foreign
 from selfreg.sae.interop.locate import Place, locate
-from selfreg.sae.kernels import select_topk, sparse_decode, sparse_encode
+from selfreg.sae.kernels import sampled_dot, select_topk, sparse_decode, sparse_encode
 from selfreg.sae.outputs import SAEOutput, SparseFeatures, normalized_error
 from selfreg.sae.prefixes import decode_prefixes
 
@@ -335,7 +335,9 @@ class SAEForFeatureExtraction(PreTrainedModel):
         """
         weight = self.decoder_weight
         if self.config.normalize_decoder and not self.config.tied and weight.grad is not None:
-            along = torch.linalg.vecdot(weight.grad, weight).unsqueeze(1)
+            # Row by row: vecdot would hold the elementwise product of the two, as large as the decoder.
+            rows = torch.arange(len(weight), device=weight.device).unsqueeze(1)
+            along = sampled_dot(weight.grad, weight, rows)
             weight.grad.addcmul_(along, weight, value=-1)
 
     @torch.no_grad()

@@ -59,7 +59,7 @@ class PretrainRecipe(_Part):
     """Pre-training of the SAE."""
 
     epochs: float = Field(3, gt=0, description="Passes over the hidden states.")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float | None = Field(None, gt=0, description="null: chosen by the width of the SAE.")
     batch_size: int = Field(2048, ge=1, description="Hidden states of a batch.")
     max_tokens: int | None = Field(None, ge=1, description="Stop reading sae_text after about so many tokens.")
 
@@ -77,7 +77,9 @@ class SAERecipe(_Part):
 
     from_pretrained: str | None = Field(None, description="Hub id or folder of an SAE: skips pre-training.")
     num_features: int = Field(4608, ge=1)
-    activation: Literal["topk", "batch_topk"] = Field("topk", description="How few features are chosen.")
+    activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = Field(
+        "topk", description="How few features are chosen."
+    )
     k: int = Field(32, ge=1, description="Active features of a token; on average for batch_topk.")
     pretrain: PretrainRecipe = Field(default_factory=PretrainRecipe)
     finetune: FinetuneRecipe | None = Field(default_factory=FinetuneRecipe, description="null: none.")

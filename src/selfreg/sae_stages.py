@@ -127,7 +127,7 @@ class SAEStages:
         store: ActivationStore,
         objective: str,
         epochs: float,
-        learning_rate: float,
+        learning_rate: float | None,
         batch_size: int,
         key: str,
     ) -> list[dict[str, float]]:

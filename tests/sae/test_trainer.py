@@ -65,8 +65,9 @@ def test_k_is_annealed(tmp_path: Path) -> None:
 
     sae.forward = spy  # type: ignore[method-assign]
     SAETrainer(sae, make_args(tmp_path, max_steps=20), train_dataset=States()).train()
-    assert seen[0] == 16
-    assert seen[10:] == [4] * 10
+    assert seen[0] == 8
+    assert seen[1] in (6, 7)
+    assert seen[4:] == [4] * 16
     assert seen == sorted(seen, reverse=True)
 
 
@@ -286,9 +287,32 @@ def test_bad_arguments_are_named(tmp_path: Path, setting: dict[str, Any], messag
         make_args(tmp_path, **setting)
 
 
-def test_learning_rate_follows_the_objective(tmp_path: Path) -> None:
-    assert make_args(tmp_path).learning_rate == 1e-3
-    assert make_args(tmp_path, objective="finetune").learning_rate == 5e-5
+def test_what_is_left_out_follows_objective_and_width(tmp_path: Path) -> None:
+    args = make_args(tmp_path)
+    rates = []
+    for num_features in (48, 4608, 4 * 4608):
+        sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=num_features, k=4))
+        trainer = SAETrainer(sae, args, train_dataset=States())
+        rates.append(trainer.args.learning_rate)
+    assert rates == pytest.approx([3e-3, 3e-3, 1.5e-3])
+    # The caller's own are not touched.
+    assert args.learning_rate is None
+    assert args.adam_beta2 == 0.99
+    args = make_args(tmp_path, objective="finetune")
+    assert (args.learning_rate, args.adam_beta2, str(args.lr_scheduler_type.value)) == (5e-5, 0.999, "linear")
+    args = make_args(tmp_path, learning_rate=1e-4, adam_beta2=0.9, lr_scheduler_type="cosine")
+    assert SAETrainer(make_sae(), args, train_dataset=States()).args.learning_rate == 1e-4
+    assert (args.adam_beta2, str(args.lr_scheduler_type.value)) == (0.9, "cosine")
+
+
+def test_the_rate_stays_and_falls_at_the_end(tmp_path: Path) -> None:
+    args = make_args(tmp_path, max_steps=20, logging_steps=1)
+    trainer = SAETrainer(make_sae(), args, train_dataset=States())
+    trainer.train()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert rates[:13] == pytest.approx([3e-3] * 13)
+    assert rates[13:] == sorted(rates[13:], reverse=True)
+    assert rates[-1] < 3e-4
 
 
 def test_store_is_read_in_batches(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """SAETrainer: pre-training and task fine-tuning of a sparse autoencoder, on transformers' Trainer."""
 
+import copy
 import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from selfreg import __version__
 from selfreg.activations.store import ActivationStore
@@ -15,6 +17,10 @@ from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.sae.training_args import SAETrainingArguments
 from selfreg.utils.trainer import PartsTrainer
+
+_LEARNING_RATE = 3e-3
+_LEARNING_RATE_WIDTH = 4608
+_DECAY_SHARE = 0.3
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,10 @@ class SAETrainer(PartsTrainer):
             if dataset is not None:
                 check_states(model.config, dataset)
         kwargs.setdefault("data_collator", collate_states)
+        # Not in the caller's: they may be used for an SAE of another width.
+        args = copy.copy(args)
+        if args.learning_rate is None:
+            args.learning_rate = learning_rate_for(model.config.num_features)
         if args.n_gpu > 1:
             logger.warning(
                 "one of %d accelerators is used: start with `accelerate launch` or `torchrun` to use all", args.n_gpu
@@ -162,15 +172,21 @@ class SAETrainer(PartsTrainer):
             return k
         return round(start + (k - start) * self.state.global_step / anneal_steps)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            given: Any = self.args.lr_scheduler_kwargs or {}
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": round(_DECAY_SHARE * num_training_steps), **given}
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _first_k(self) -> int:
         # A width of fewer features than the first k would be asked for more than there are.
-        return min(self.args.k_start or 4 * self.model.config.k, self.model.config.num_features)
+        return min(self.args.k_start or 2 * self.model.config.k, self.model.config.num_features)
 
     def _dead_after(self) -> int:
         if self.args.dead_after_tokens is not None:
             return self.args.dead_after_tokens
         seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return min(10_000_000, max(1, seen // 10))
+        return min(10_000_000, max(1, seen // 40))
 
     def _start_from_data(self) -> None:
         """Centring, scale (to a mean squared norm of hidden_size) and thresholds, from up to 65,536 states."""
@@ -181,6 +197,11 @@ class SAETrainer(PartsTrainer):
         scale = (sample - mean).pow(2).mean().sqrt()
         sae.set_normalization(mean.to(sae.mean), scale.to(sae.scale))
         sae.start_from(states[:: max(1, len(states) // _THRESHOLD_STATES)].to(sae.device), self._first_k())
+
+
+def learning_rate_for(num_features: int) -> float:
+    """The learning rate of pre-training: falls with the square root of the width (as in sparsify and SAELens)."""
+    return _LEARNING_RATE * (_LEARNING_RATE_WIDTH / max(num_features, _LEARNING_RATE_WIDTH)) ** 0.5
 
 
 class _UnitNormDecoder(TrainerCallback):

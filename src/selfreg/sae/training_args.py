@@ -14,28 +14,29 @@ class SAETrainingArguments(TrainingArguments):
     r"""
     [`~transformers.TrainingArguments`] with what SAE training adds. A batch is a number of hidden states.
 
-    Other defaults: `per_device_train_batch_size=2048`, `learning_rate=1e-3` (`5e-5` for `"finetune"`),
-    `adam_epsilon=6.25e-10`, `optim="adamw_torch_fused"`, `weight_decay=0`, `remove_unused_columns=False`,
-    `logging_steps=50`.
+    Other defaults: `per_device_train_batch_size=2048`, `adam_epsilon=6.25e-10`, `optim="adamw_torch_fused"`,
+    `weight_decay=0`, `remove_unused_columns=False`, `logging_steps=50`. What is None there follows the objective:
+    `learning_rate` (by the width of the SAE; `5e-5` for `"finetune"`), `lr_scheduler_type` (constant, and down to 0
+    over the last 30 % of the steps; `"linear"` for `"finetune"`), `adam_beta2` (0.99; 0.999 for `"finetune"`).
 
     Args:
         objective (`str`, defaults to `"pretrain"`): `"pretrain"`: reconstruct hidden states. `"finetune"`: the
             two-part loss that teaches features which are dead on a task what the live ones miss.
         k_start (`int`, *optional*): active features at the first step of pre-training, annealed linearly to `k`. None:
-            4 k. `k` itself turns annealing off.
-        k_anneal_ratio (`float`, defaults to 0.5): share of the steps that annealing takes.
+            2 k. `k` itself turns annealing off.
+        k_anneal_ratio (`float`, defaults to 0.2): share of the steps that annealing takes.
         aux_coefficient (`float`, defaults to 0.03125): weight of the loss that revives dead features in pre-training;
             0 turns it off.
         dead_after_tokens (`int`, *optional*): a feature is dead once it has not fired on this many states. None: a
-            tenth of what training sees, at most 10 million.
+            fortieth of what training sees, at most 10 million.
         sparsity_coefficient (`float`, *optional*): weight of the penalty of `relu` and `jumprelu`. None: led during
             training to where `k` features are active.
         dead_loss_weight (`float`, defaults to 0.1): weight of the dead features' part in fine-tuning.
     """
 
     objective: str = field(default="pretrain", metadata={"help": "pretrain or finetune."})
-    k_start: int | None = field(default=None, metadata={"help": "Active features at the first step; None: 4 k."})
-    k_anneal_ratio: float = field(default=0.5, metadata={"help": "Share of the steps in which k falls to its value."})
+    k_start: int | None = field(default=None, metadata={"help": "Active features at the first step; None: 2 k."})
+    k_anneal_ratio: float = field(default=0.2, metadata={"help": "Share of the steps in which k falls to its value."})
     aux_coefficient: float = field(default=1 / 32, metadata={"help": "Weight of the auxiliary loss; 0: off."})
     dead_after_tokens: int | None = field(
         default=None, metadata={"help": "States without firing after which a feature is dead; None: chosen by length."}
@@ -46,7 +47,13 @@ class SAETrainingArguments(TrainingArguments):
     dead_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the dead features' part (finetune)."})
     # None stands for the default of the objective.
     learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Initial learning rate; None: 1e-3 (pretrain), 5e-5 (finetune)."}
+        default=None, metadata={"help": "Initial learning rate; None: by width (pretrain), 5e-5 (finetune)."}
+    )
+    lr_scheduler_type: Any = field(
+        default=None, metadata={"help": "Schedule; None: warmup_stable_decay (pretrain), linear (finetune)."}
+    )
+    adam_beta2: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Beta2 of Adam; None: 0.99 (pretrain), 0.999 (finetune)."}
     )
     per_device_train_batch_size: int = field(default=2048, metadata={"help": "Hidden states of a batch."})
     per_device_eval_batch_size: int = field(default=8192, metadata={"help": "Hidden states of a batch."})
@@ -58,10 +65,14 @@ class SAETrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVES)}")
-        if self.learning_rate is None:
-            self.learning_rate = 1e-3 if self.objective == "pretrain" else 5e-5
+        if self.learning_rate is None and self.objective == "finetune":
+            self.learning_rate = 5e-5
+        if self.lr_scheduler_type is None:
+            self.lr_scheduler_type = "warmup_stable_decay" if self.objective == "pretrain" else "linear"
+        if self.adam_beta2 is None:
+            self.adam_beta2 = 0.99 if self.objective == "pretrain" else 0.999
         checks: dict[str, Any] = {
-            "learning_rate": self.learning_rate,
+            "learning_rate": self.learning_rate or 0.0,
             "aux_coefficient": self.aux_coefficient,
             "dead_loss_weight": self.dead_loss_weight,
             "sparsity_coefficient": self.sparsity_coefficient or 0.0,

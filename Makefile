@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A bare torch would pull gigabytes of CUDA on Linux; with a GPU, use the pip lines of README.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast quality clean
+.PHONY: setup demo test test-fast test-interop quality clean
 
 .venv/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,11 @@ test: setup  ## all tests, those on the real model and data included
 
 test-fast: setup  ## without the real model
 	$(BIN)/python -m pytest -m "not real"
+
+test-interop: setup  ## the formats of other SAE libraries, with SAELens itself installed
+	$(BIN)/pip install --quiet $(TORCH) -e '.[dev,interop]'
+	$(BIN)/python -c "import sae_lens"
+	$(BIN)/python -m pytest tests/sae/interop
 
 quality: setup  ## lint, format and types
 	$(BIN)/ruff check .

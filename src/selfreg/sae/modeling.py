@@ -20,8 +20,11 @@ from selfreg.sae.prefixes import decode_prefixes
 _THRESHOLD_STEP = 0.01
 """Share of a batch in the running mean of the threshold."""
 
-_SPARSITY_STEP = 0.02
-"""How fast the penalty's coefficient follows what is missing to the wanted number of active features."""
+_SPARSITY_STEP = 0.003
+"""How fast the coefficient of the penalty follows what is missing to k active features."""
+
+_PRESSURE_LIMIT = 5.0
+"""How many times k (or 1/k) the active features are taken to be at most, where the penalty answers to their number."""
 
 _HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -72,7 +75,7 @@ class SAEForFeatureExtraction(PreTrainedModel):
             self.register_buffer("threshold", torch.zeros(()))
         elif self.activation.threshold == "learned":
             self.threshold = nn.Parameter(torch.zeros(config.num_features))
-        if self.activation.is_penalized:
+        if self.activation.penalty == "l1":
             self.register_buffer("sparsity_coefficient", torch.ones(()))
         self.register_buffer("prefix_ends", torch.tensor(config.prefixes or [], dtype=torch.long), persistent=False)
         self.post_init()
@@ -95,7 +98,7 @@ class SAEForFeatureExtraction(PreTrainedModel):
         init.zeros_(self.dead_on_task)
         if self.activation.threshold != "none":
             init.zeros_(self.threshold)
-        if self.activation.is_penalized:
+        if self.activation.penalty == "l1":
             init.ones_(self.sparsity_coefficient)
         # Not in the checkpoint: on the meta device it has lost its values.
         init.copy_(self.prefix_ends, torch.tensor(self.config.prefixes or [], dtype=torch.long))
@@ -229,6 +232,7 @@ class SAEForFeatureExtraction(PreTrainedModel):
         dead: Tensor | None = None,
         aux_coefficient: float = 0.0,
         dead_loss_weight: float | None = None,
+        sparsity_coefficient: float | None = None,
     ) -> SAEOutput:
         """
         Args:
@@ -244,12 +248,13 @@ class SAEForFeatureExtraction(PreTrainedModel):
         if dead_loss_weight is not None:
             if dead is None:
                 raise ValueError("dead_loss_weight needs dead, the features that are dead on the task")
-            loss, live_loss, dead_loss = self.task_loss(hidden_states, dead, dead_loss_weight)
+            loss, live_loss, dead_loss = self.task_loss(hidden_states, dead, dead_loss_weight, sparsity_coefficient)
             return SAEOutput(loss, live_loss=live_loss, aux_loss=dead_loss)
         standardized = self._standardize(hidden_states)
         x = self._normalize(standardized)
         flat = x.reshape(-1, x.shape[-1])
-        flat_hat, active, prefix_error = self._autoencode(flat, k or self.config.k)
+        k = k or self.config.k
+        flat_hat, active, prefix_error = self._autoencode(flat, k)
         if self.training and self.activation.threshold == "running":
             self._follow_threshold(active.values)
         x_hat = flat_hat.view_as(x)
@@ -257,9 +262,9 @@ class SAEForFeatureExtraction(PreTrainedModel):
         error, energy = (flat - flat_hat).pow(2).sum(), flat.pow(2).sum()
         tiny = torch.finfo(x.dtype).tiny
         loss = (error if prefix_error is None else prefix_error) / energy.clamp_min(tiny)
+        l0 = (active.values.detach() > 0).sum(dim=-1).float().mean()
         if active.sparsity is not None:
-            # A copy: the trainer moves the coefficient before the backward pass.
-            loss = loss + self.sparsity_coefficient.clone() * active.sparsity
+            loss = loss + self._penalty(active.sparsity, l0, k, sparsity_coefficient)
         aux_loss = None
         if dead is not None and aux_coefficient > 0:
             # Zero, not an index error, where nothing is dead.
@@ -276,7 +281,6 @@ class SAEForFeatureExtraction(PreTrainedModel):
                 raw = hidden_states.reshape(-1, x.shape[-1]).to(x.dtype)
                 error, variance = (raw - reconstruction.view_as(raw)).pow(2).sum(), (raw - raw.mean(0)).pow(2).sum()
             fvu = error / variance.clamp_min(tiny)
-            l0 = (features.values > 0).sum(dim=-1).float().mean()
         return SAEOutput(loss, reconstruction, features, fvu, l0, aux_loss, sparsity=active.sparsity)
 
     def residual_loss(self, x: Tensor, x_hat: Tensor, feature_ids: Tensor, k: int) -> Tensor:
@@ -299,7 +303,9 @@ class SAEForFeatureExtraction(PreTrainedModel):
         )
         return normalized_error(residual, sparse_decode(values, indices, weights.W_dec))
 
-    def task_loss(self, hidden_states: Tensor, dead: Tensor, dead_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    def task_loss(
+        self, hidden_states: Tensor, dead: Tensor, dead_weight: float, sparsity_coefficient: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The two-part loss of task fine-tuning (Wu et al. 2025).
 
         ŷ₁ = decode(TopK over the live features), ŷ₂ = decode(TopK over the dead features);
@@ -309,6 +315,7 @@ class SAEForFeatureExtraction(PreTrainedModel):
             hidden_states (`[..., hidden_size]`): raw.
             dead (`[num_features]`, bool): features whose pre-activation is above zero on no token of the task.
             dead_weight: weight of the second part.
+            sparsity_coefficient: as for `forward`.
 
         Returns:
             the loss and its two parts, each `[]`.
@@ -321,7 +328,8 @@ class SAEForFeatureExtraction(PreTrainedModel):
         live_loss = normalized_error(x, x_hat)
         if active.sparsity is not None:
             # Without it, what is active would grow in number and buy a lower error.
-            live_loss = live_loss + self.sparsity_coefficient * active.sparsity
+            l0 = (active.values.detach() > 0).sum(dim=-1).float().mean()
+            live_loss = live_loss + self._penalty(active.sparsity, l0, self.config.k, sparsity_coefficient)
         dead_loss = torch.zeros_like(live_loss)
         if len(dead_ids) and dead_weight > 0:
             dead_loss = self.residual_loss(x, x_hat.detach(), dead_ids, self.config.k)
@@ -375,11 +383,23 @@ class SAEForFeatureExtraction(PreTrainedModel):
         x = self.normalize(hidden_states)
         self.activation.start_from(x.reshape(-1, x.shape[-1]), self._weights, k)
 
-    @torch.no_grad()
-    def adjust_sparsity(self, l0: Tensor, wanted: int) -> None:
-        """Raises the coefficient of the sparsity penalty where more than `wanted` features are active; else lowers."""
-        step = _SPARSITY_STEP * (l0 / wanted - 1).clamp(-0.5, 0.5)
-        self.sparsity_coefficient.mul_(step.exp())
+    def _penalty(self, sparsity: Tensor, l0: Tensor, k: int, coefficient: float | None) -> Tensor:
+        """The sparsity penalty with its weight; without one, the penalty that leads to k active features.
+
+        For an L0 penalty that is (L0 / k - 1)²: of both signs, since a threshold that is too high gets little gradient
+        from the reconstruction. For an L1 penalty, c (l0 / k)² L1: at once more where too many are active, while c,
+        the buffer `sparsity_coefficient`, follows slowly to where l0 = k.
+        """
+        if coefficient is not None:
+            return coefficient * sparsity
+        if self.activation.penalty == "l0":
+            return (sparsity * self.config.hidden_size / k - 1) ** 2
+        with torch.no_grad():
+            ratio = (l0 / k).clamp(1 / _PRESSURE_LIMIT, _PRESSURE_LIMIT)
+            if self.training:
+                self.sparsity_coefficient.mul_((_SPARSITY_STEP * ratio.log()).exp())
+            weight = self.sparsity_coefficient * ratio**2
+        return weight * sparsity
 
     @torch.no_grad()
     def _follow_threshold(self, values: Tensor) -> None:

@@ -21,6 +21,8 @@ from selfreg.utils.trainer import PartsTrainer
 _LEARNING_RATE = 3e-3
 _LEARNING_RATE_WIDTH = 4608
 _DECAY_SHARE = 0.3
+_THRESHOLD_RATE = 10
+"""Of thresholds, in learning rates: they are fifty times as large as an element of a unit row."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +95,6 @@ class SAETrainer(PartsTrainer):
         is_new = self.args.objective == "pretrain" and not self.model.is_normalized
         if is_new and not resume_from_checkpoint and self.train_dataset is not None:
             self._start_from_data()
-        if self.args.sparsity_coefficient is not None and self.model.activation.is_penalized:
-            self.model.sparsity_coefficient.fill_(self.args.sparsity_coefficient)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
@@ -108,19 +108,28 @@ class SAETrainer(PartsTrainer):
         sae = self.accelerator.unwrap_model(model)
         if self.args.objective == "finetune" and model.training:
             # Through the wrapper's own forward, or the gradients of the processes would never meet.
-            output = model(states, dead=sae.dead_on_task, dead_loss_weight=self.args.dead_loss_weight)
+            output = model(
+                states,
+                dead=sae.dead_on_task,
+                dead_loss_weight=self.args.dead_loss_weight,
+                sparsity_coefficient=self.args.sparsity_coefficient,
+            )
             self.parts.add(
                 live_loss=output.live_loss, dead_loss=output.aux_loss, dead_on_task=sae.dead_on_task.float().mean()
             )
             return (output.loss, output) if return_outputs else output.loss
         dead_mask = sae.tokens_since_fired >= self._dead_after()
-        output = model(states, k=self._current_k(), dead=dead_mask, aux_coefficient=self.args.aux_coefficient)
+        output = model(
+            states,
+            k=self._current_k(),
+            dead=dead_mask,
+            aux_coefficient=self.args.aux_coefficient,
+            sparsity_coefficient=self.args.sparsity_coefficient,
+        )
         if model.training:
             sae.count_fired(output.features)
             if output.sparsity is not None:
-                if self.args.sparsity_coefficient is None:
-                    sae.adjust_sparsity(output.l0, self._current_k())
-                self.parts.add(sparsity=output.sparsity, sparsity_coefficient=sae.sparsity_coefficient.clone())
+                self.parts.add(sparsity=output.sparsity)
             aux = output.aux_loss if output.aux_loss is not None else 0.0
             self.parts.add(l0=output.l0, aux_loss=aux, dead_fraction=dead_mask.float().mean())
             # One state, as the last batch of an epoch may be, has no variance to leave unexplained.
@@ -171,6 +180,22 @@ class SAETrainer(PartsTrainer):
         if self.state.global_step >= anneal_steps:
             return k
         return round(start + (k - start) * self.state.global_step / anneal_steps)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        sae = self.accelerator.unwrap_model(self.model if model is None else model)
+        if sae.activation.threshold == "learned":
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter is not sae.threshold]
+            settings = {
+                "params": [sae.threshold],
+                "lr": _THRESHOLD_RATE * self.args.learning_rate,
+                "weight_decay": 0.0,
+            }
+            optimizer.add_param_group(settings)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:

@@ -54,8 +54,8 @@ class Activation(ABC):
     threshold: Literal["none", "running", "learned"] = "none"
     """What inference compares with: nothing; one number `[]` that training follows; a parameter `[F]` of its own."""
 
-    is_penalized: bool = False
-    """Whether few features are active because of a penalty, and not by choice of k."""
+    penalty: Literal["none", "l1", "l0"] = "none"
+    """What keeps active features few, where k does not choose them: a penalty on their sum, or on their number."""
 
     @abstractmethod
     def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class JumpReLU(Activation):
     """
 
     threshold = "learned"
-    is_penalized = True
+    penalty = "l0"
 
     def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("JumpReLU chooses by its thresholds: see encode and select_in_inference")

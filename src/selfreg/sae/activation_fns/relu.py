@@ -14,7 +14,7 @@ class ReLU(Activation):
     With the length of the decoder direction, so that a long one with a small activation gains nothing.
     """
 
-    is_penalized = True
+    penalty = "l1"
 
     def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, _k: int) -> tuple[Tensor, Tensor]:
         return select_above(x_ND, W_enc_FD, b_enc_F, x_ND.new_zeros(()))

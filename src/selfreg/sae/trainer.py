@@ -182,19 +182,15 @@ class SAETrainer(PartsTrainer):
         return round(start + (k - start) * self.state.global_step / anneal_steps)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        if self.optimizer is not None:
-            return super().create_optimizer(model)
-        optimizer = super().create_optimizer(model)
+        given = self.optimizer is not None
+        optimizer: Any = super().create_optimizer(model)
         sae = self.accelerator.unwrap_model(self.model if model is None else model)
-        if sae.activation.threshold == "learned":
+        # What a caller made has the groups that the caller wanted.
+        if not given and sae.activation.threshold == "learned":
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if parameter is not sae.threshold]
-            settings = {
-                "params": [sae.threshold],
-                "lr": _THRESHOLD_RATE * self.args.learning_rate,
-                "weight_decay": 0.0,
-            }
-            optimizer.add_param_group(settings)
+            rate = _THRESHOLD_RATE * optimizer.param_groups[0]["lr"]
+            optimizer.add_param_group({"params": [sae.threshold], "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

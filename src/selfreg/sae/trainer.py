@@ -164,12 +164,15 @@ class SAETrainer(PartsTrainer):
         return metrics
 
     def split_task_features(self) -> Tensor:
-        """Which features never have a pre-activation above zero on the training states. `[num_features]`, bool."""
+        """Which features are never active on the training states, `[num_features]`, bool.
+
+        Their pre-activation is never above zero, or above the threshold where there is one.
+        """
         sae = self.accelerator.unwrap_model(self.model)
         maxima = torch.full((sae.config.num_features,), -torch.inf, device=sae.device)
         for chunk in iterate_states(self.train_dataset):  # type: ignore[arg-type]
             maxima = torch.maximum(maxima, sae.max_preactivations(chunk.to(sae.device)))
-        return maxima <= 0
+        return maxima <= (0 if sae.activation.threshold == "none" else sae.threshold.clamp_min(0))
 
     def _current_k(self) -> int:
         k = self.model.config.k

@@ -84,7 +84,6 @@ def test_training_that_was_stopped_goes_on(
         (["--layer", "one"], "--layer one: give the number of a block"),
         (["--layer", "99"], "99"),
         (["--layer", "1", "--k", "64"], "k=64 is over num_features=32"),
-        (["--layer", "1", "--activation", "gelu"], "activation='gelu' is not known"),
         (["--layer", "1", "--column", "body"], "has no column 'body'; it has text"),
         (["--layer", "1", "--learning-rate", "-1"], "learning_rate=-1.0 must not be negative"),
     ],
@@ -97,6 +96,14 @@ def test_mistakes_are_told(files: tuple[str, str], arguments: list[str], message
     assert message in result.stderr.replace("\n", " ")
 
 
+def test_an_activation_that_is_not_there_is_told_with_those_that_are(files: tuple[str, str], tmp_path: Path) -> None:
+    model, path = files
+    settings = ["sae", "train", path, "--model", model, "-o", str(tmp_path / "sae"), "--layer", "1"]
+    result = runner.invoke(app, [*settings, "--activation", "gelu"])
+    assert result.exit_code == 2
+    assert "jumprelu" in result.stderr
+
+
 def test_nothing_is_overwritten(files: tuple[str, str], tmp_path: Path) -> None:
     model, path = files
     run("train", path, "--model", model, "--layer", "1", "-o", str(tmp_path / "sae"), "--features", "32", "--k", "4")
@@ -106,6 +113,11 @@ def test_nothing_is_overwritten(files: tuple[str, str], tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "is there already" in result.stderr
     assert (tmp_path / "there" / "mine.txt").read_text() == "mine"
+    for folder in ("there", "sae"):
+        settings = ["sae", "train", path, "--model", model, "--layer", "1", "-o", str(tmp_path / folder)]
+        result = runner.invoke(app, settings)
+        assert result.exit_code == 1
+        assert "is there already" in result.stderr
 
 
 def test_an_sae_that_does_not_say_its_backbone(files: tuple[str, str], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from selfreg.evaluation.classifier import FIGURES
 from selfreg.features.chat import Choice, Conversation
 from selfreg.recipe import RecipeError
 from selfreg.run import run_recipe
+from selfreg.sae.interop import saelens
 
 SYMPTOMS = ("fever", "cough", "rash", "nausea")
 
@@ -79,6 +80,28 @@ def values(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "classifier": {"epochs": 5, "learning_rate": 1e-2},
         **changes,
     }
+
+
+@pytest.mark.parametrize("activation", ["batch_topk", "jumprelu", "relu"])
+def test_any_activation_and_any_librarys_sae(activation: str, folder: Path, tmp_path: Path) -> None:
+    recipe = values(folder, tmp_path / "out", baselines=["plain"])
+    recipe["sae"]["activation"] = activation
+    recipe["sae"]["pretrain"]["learning_rate"] = 1e-2
+    metrics = run_recipe(Recipe.from_dict(recipe))
+    assert metrics["features"]["unintended"] > 0
+    # The same SAE in another library's format, one of two in a folder.
+    sae = SAEForFeatureExtraction.from_pretrained(tmp_path / "out" / "sae")
+    for name in ("first", "second"):
+        saelens.write(sae, tmp_path / "published" / name)
+    again = values(folder, tmp_path / "again", baselines=["plain"])
+    again["sae"] = {"from_pretrained": str(tmp_path / "published"), "subfolder": "second", "finetune": None}
+    found = run_recipe(Recipe.from_dict(again))
+    assert found["sae"]["l0"] == pytest.approx(metrics["sae"]["l0"], rel=1e-3)
+    assert found["sae"]["fvu"] == pytest.approx(metrics["sae"]["fvu"], rel=1e-3)
+    assert found["methods"]["selfreg"]["test"]["accuracy"] == metrics["methods"]["selfreg"]["test"]["accuracy"]
+    del again["sae"]["subfolder"]
+    with pytest.raises(RecipeError, match="sae.from_pretrained: .*holds 2 SAEs"):
+        run_recipe(Recipe.from_dict(again))
 
 
 def test_whole_run_and_what_it_leaves(folder: Path, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from selfreg.data import TaskData
 from selfreg.evaluation.arrays import group_name
 from selfreg.features.judge import load_rubric
 from selfreg.features.selection import has_two_groups, keyword_pattern
-from selfreg.recipe import ChatRecipe, Recipe, RecipeError
+from selfreg.recipe import ChatRecipe, Recipe, RecipeError, SAERecipe
 from selfreg.sae.configuration import SAEConfig
+from selfreg.sae_stages import load_sae
 
 
 def check_recipe(recipe: Recipe, data: TaskData) -> None:
@@ -32,7 +33,7 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
             _of_key(f"data.group: row {row} of {part.name!r}", partial(group_name, group))
     width = recipe.sae.num_features
     if recipe.sae.from_pretrained is not None:
-        width = SAEConfig.from_pretrained(recipe.sae.from_pretrained).num_features
+        width = _sae_config(recipe.sae).num_features
     for name, numbers in (("ids", features.ids or []), ("random", [(features.random or 1) - 1])):
         for number in numbers:
             if not 0 <= number < width:
@@ -51,9 +52,10 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
             _check_chat(f"features.{name}", chat)
 
 
-def check_sae_source(source: str, spec: HiddenStateSpec) -> None:
-    """Raises RecipeError where a published SAE does not fit the states of the backbone."""
-    config = SAEConfig.from_pretrained(source)
+def check_sae_source(recipe: SAERecipe, spec: HiddenStateSpec) -> None:
+    """Raises RecipeError where a published SAE can't be read, or does not fit the states of the backbone."""
+    source = recipe.from_pretrained
+    config = _sae_config(recipe)
     if config.hidden_size != spec.hidden_size:
         raise RecipeError(
             f"sae.from_pretrained: the SAE {source} takes states of width {config.hidden_size}, the backbone "
@@ -65,6 +67,13 @@ def check_sae_source(source: str, spec: HiddenStateSpec) -> None:
             "sae.from_pretrained",
             lambda: found.check_features_fit(spec, f"the SAE {source}", "the backbone of the recipe"),
         )
+
+
+def _sae_config(recipe: SAERecipe) -> SAEConfig:
+    try:
+        return load_sae(recipe).config
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"sae.from_pretrained: {error}") from error
 
 
 def _check_chat(key: str, chat: ChatRecipe) -> None:

@@ -75,7 +75,11 @@ class FinetuneRecipe(_Part):
 class SAERecipe(_Part):
     """The sparse autoencoder."""
 
-    from_pretrained: str | None = Field(None, description="Hub id or folder of an SAE: skips pre-training.")
+    from_pretrained: str | None = Field(
+        None, description="Hub id or folder of an SAE, of selfreg or another library: skips pre-training."
+    )
+    subfolder: str = Field("", description="Which SAE of a repo that holds many.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the SAE's repo.")
     num_features: int = Field(4608, ge=1)
     activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = Field(
         "topk", description="How few features are chosen."

@@ -76,7 +76,7 @@ class _Run:
         sizes = ", ".join(f"{part.name} {len(part)}" for part in (self.data.train, *self.data.eval.values()))
         self.tell(f"texts: {sizes}; labels: {', '.join(self.data.labels)}")
         if self.recipe.sae.from_pretrained is not None:
-            check_sae_source(self.recipe.sae.from_pretrained, self.extractor.spec)
+            check_sae_source(self.recipe.sae, self.extractor.spec)
         self.tell("hidden states")
         stores = self._stores()
         held_out = stores[next(iter(self.data.eval))]

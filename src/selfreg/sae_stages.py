@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from selfreg.activations.store import ActivationStore
 from selfreg.features.catalog import sae_fingerprint
-from selfreg.recipe import Recipe
+from selfreg.recipe import Recipe, SAERecipe
 from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae.statistics import evaluate_sae
@@ -19,6 +19,13 @@ from selfreg.sae.training_args import SAETrainingArguments
 from selfreg.stages import Stages, again
 from selfreg.utils.files import atomic_folder
 from selfreg.utils.trainer import StepProgress, last_whole_checkpoint
+
+
+def load_sae(recipe: SAERecipe) -> SAEForFeatureExtraction:
+    """The published SAE that a recipe names."""
+    return SAEForFeatureExtraction.from_pretrained(
+        str(recipe.from_pretrained), subfolder=recipe.subfolder, revision=recipe.revision
+    )
 
 
 class SAEStages:
@@ -59,7 +66,7 @@ class SAEStages:
         ]
         if recipe.from_pretrained is not None:
             # What lies at a path may change.
-            inputs.append(sae_fingerprint(SAEForFeatureExtraction.from_pretrained(recipe.from_pretrained)))
+            inputs.append(sae_fingerprint(load_sae(recipe)))
         # Unfinished training is found again by all that it depends on.
         key = self.stages.key_of(inputs)
         before, there = self.stages.run(
@@ -92,7 +99,7 @@ class SAEStages:
         history: list[dict[str, float]] = []
         set_seed(self.recipe.seed)
         if recipe.from_pretrained is not None:
-            sae = SAEForFeatureExtraction.from_pretrained(recipe.from_pretrained)
+            sae = load_sae(recipe)
         else:
             self.tell(f"SAE: {recipe.num_features} features, k = {recipe.k}, on {store.num_tokens:,} tokens")
             config = SAEConfig(

@@ -10,6 +10,7 @@ from conftest import tiny_backbone, word_tokenizer
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction
 from selfreg.features.activations import largest_activations, text_maxima
 from selfreg.features.chat import Choice, Conversation
+from selfreg.sae.configuration import ACTIVATION_NAMES
 
 
 @pytest.fixture
@@ -26,9 +27,22 @@ def _dense(sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, text: 
     return sae.encode(shard.hidden_states).to_dense()
 
 
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 def test_top_texts_equal_brute_force(
-    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+    activation: str,
+    extractor: HiddenStateExtractor,
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # States differ in how many features they have, and so do the chunks of a shard.
+    monkeypatch.setattr("selfreg.features.activations._CHUNK", 7)
+    torch.manual_seed(0)
+    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=40, k=4, activation=activation))
+    sae.config.set_hidden_state_spec(extractor.spec)
+    sae.set_normalization(torch.zeros(16), torch.tensor(0.1))
+    if sae.activation.threshold != "none":
+        sae.threshold.data.fill_(0.2)
     store = extractor.extract(texts, tmp_path / "s", shard_tokens=100)
     catalog = FeatureCatalog.build(sae, extractor, texts, top_k=5, store=store)
     dense = [_dense(sae, extractor, text) for text in texts]

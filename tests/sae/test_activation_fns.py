@@ -264,6 +264,49 @@ def test_a_penalty_that_is_given_stays(tmp_path: Path) -> None:
     assert counts[0] > counts[1] > counts[2]
 
 
+def test_thresholds_stay_at_zero_or_above_and_lead_to_k(tmp_path: Path) -> None:
+    for k in (4, 8, 12):
+        torch.manual_seed(0)
+        sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=48, k=k, activation="jumprelu"))
+        SAETrainer(sae, make_args(tmp_path, num_train_epochs=60), train_dataset=States()).train()
+        assert sae.threshold.min() >= 0
+        assert evaluate_sae(sae, States(seed=1)).l0 == pytest.approx(k, rel=0.2)
+
+
+def test_batch_topk_follows_its_threshold_in_finetuning(tmp_path: Path) -> None:
+    sae = make_sae(activation="batch_topk")
+    SAETrainer(sae, make_args(tmp_path, learning_rate=5e-3), train_dataset=States()).train()
+    before = float(sae.threshold)
+    args = make_args(tmp_path, objective="finetune", learning_rate=1e-3, num_train_epochs=40)
+    SAETrainer(sae, args, train_dataset=States(dictionary=1)).train()
+    assert float(sae.threshold) != before
+    assert evaluate_sae(sae, States(seed=1, dictionary=1)).l0 == pytest.approx(4, rel=0.2)
+
+
+def test_prefixes_are_kept_in_finetuning(tmp_path: Path) -> None:
+    def first_error(sae: SAEForFeatureExtraction) -> float:
+        states = States(seed=1).states
+        with torch.no_grad():
+            features = sae.encode(states)
+            first = features._replace(values=features.values * (features.indices < 6))
+            return float((sae.decode(first) - states).pow(2).sum())
+
+    sae = make_sae(prefixes=[6, 48])
+    SAETrainer(sae, make_args(tmp_path, num_train_epochs=30, learning_rate=5e-3), train_dataset=States()).train()
+    before = first_error(sae)
+    args = make_args(tmp_path, objective="finetune", learning_rate=1e-3, num_train_epochs=20)
+    SAETrainer(sae, args, train_dataset=States()).train()
+    assert first_error(sae) < before
+
+
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+def test_no_states_have_no_features(name: str) -> None:
+    sae = make_sae(activation=name)
+    if name == "batch_topk":
+        sae.threshold.fill_(1.0)
+    assert sae.encode(torch.zeros(0, 16)).to_dense().shape == (0, 48)
+
+
 @pytest.mark.parametrize("name", ["batch_topk", "jumprelu", "relu"])
 def test_finetuning_takes_any_activation(name: str, tmp_path: Path) -> None:
     sae = make_sae(activation=name)
@@ -301,6 +344,7 @@ def test_prefixes_make_the_first_features_the_general_ones(name: str, tmp_path: 
     [
         ({"prefixes": [8, 4, 48]}, r"prefixes=\[8, 4, 48\] must rise"),
         ({"prefixes": [8, 16]}, "to num_features=48"),
+        ({"prefixes": []}, "to num_features=48"),
         ({"prefixes": [48], "activation": "relu"}, "prefixes are for topk and batch_topk, not for activation='relu'"),
         ({"input_norm": "batch"}, "input_norm"),
     ],

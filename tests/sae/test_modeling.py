@@ -87,15 +87,15 @@ def test_residual_loss_sends_no_gradient_to_the_live_reconstruction(sae: SAEForF
     h = torch.randn(6, 8)
     dead = torch.zeros(32, dtype=torch.bool)
     dead[:10] = True
-    _, live, dead_loss = sae.task_loss(h, dead, 0.1)
-    live_grad = torch.autograd.grad(live, sae.W_dec, retain_graph=True)[0]
-    dead_grad = torch.autograd.grad(dead_loss, sae.W_dec)[0]
+    parts = sae.task_loss(h, dead, 0.1)
+    live_grad = torch.autograd.grad(parts.live_loss, sae.W_dec, retain_graph=True)[0]
+    dead_grad = torch.autograd.grad(parts.aux_loss, sae.W_dec)[0]
     assert live_grad[dead].abs().max() == 0
     never = torch.zeros(32, dtype=torch.bool)
     never[0] = True
     with torch.no_grad():
         sae.b_enc[0] = -1000.0
-    grad = torch.autograd.grad(sae.task_loss(h, never, 0.1)[2], sae.W_enc)[0]
+    grad = torch.autograd.grad(sae.task_loss(h, never, 0.1).aux_loss, sae.W_enc)[0]
     assert grad[0].abs().max() > 0, "a feature below zero on every token gets no gradient"
     del grad
     assert dead_grad[~dead].abs().max() == 0
@@ -116,20 +116,20 @@ def test_task_loss_by_hand(sae: SAEForFeatureExtraction) -> None:
     y1 = top(~dead).relu() @ sae.W_dec + sae.b_dec
     # Not rectified: a dead feature is below zero on every token, and would never learn through a ReLU.
     wanted_live, wanted_dead = normalized_error(x, y1), normalized_error(x - y1, top(dead) @ sae.W_dec)
-    loss, live, dead_loss = sae.task_loss(h, dead, 0.1)
-    torch.testing.assert_close(live, wanted_live)
-    torch.testing.assert_close(dead_loss, wanted_dead)
-    torch.testing.assert_close(loss, wanted_live + 0.1 * wanted_dead)
+    parts = sae.task_loss(h, dead, 0.1)
+    torch.testing.assert_close(parts.live_loss, wanted_live)
+    torch.testing.assert_close(parts.aux_loss, wanted_dead)
+    torch.testing.assert_close(parts.loss, wanted_live + 0.1 * wanted_dead)
 
 
 def test_nothing_dead_and_nothing_live(sae: SAEForFeatureExtraction) -> None:
     h = torch.randn(6, 8)
     none = torch.zeros(32, dtype=torch.bool)
-    assert sae.task_loss(h, none, 0.1)[2] == 0
+    assert sae.task_loss(h, none, 0.1).aux_loss == 0
     assert sae(h, dead=none, aux_coefficient=1.0).aux_loss is None
     one_live = ~none
     one_live[0] = False
-    assert torch.isfinite(sae.task_loss(h, one_live, 0.1)[0])
+    assert torch.isfinite(sae.task_loss(h, one_live, 0.1).loss)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback
 
 from conftest import tiny_backbone, word_tokenizer
 from sae_helpers import States, make_args, make_sae
@@ -20,6 +20,7 @@ from selfreg import (
     SAEConfig,
     SAEForFeatureExtraction,
     SAETrainer,
+    SAETrainingArguments,
 )
 from selfreg.sae.configuration import ACTIVATION_NAMES
 from selfreg.sae.data import sample_states
@@ -280,6 +281,8 @@ def test_what_does_not_fit_is_refused(extractor: HiddenStateExtractor, texts: li
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must not be negative"),
         ({"aux_coefficient": -1.0}, "aux_coefficient=-1.0 must not be negative"),
         ({"k_anneal_ratio": 2.0}, "between 0 and 1"),
+        ({"k_start": -3}, "k_start=-3 must be at least 1"),
+        ({"dead_after_tokens": 0}, "dead_after_tokens=0 must be at least 1"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
@@ -290,7 +293,7 @@ def test_bad_arguments_are_named(tmp_path: Path, setting: dict[str, Any], messag
 def test_what_is_left_out_follows_objective_and_width(tmp_path: Path) -> None:
     args = make_args(tmp_path)
     rates = []
-    for num_features in (48, 4608, 4 * 4608):
+    for num_features in (48, 16_384, 4 * 16_384):
         sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=num_features, k=4))
         trainer = SAETrainer(sae, args, train_dataset=States())
         rates.append(trainer.args.learning_rate)
@@ -303,6 +306,27 @@ def test_what_is_left_out_follows_objective_and_width(tmp_path: Path) -> None:
     args = make_args(tmp_path, learning_rate=1e-4, adam_beta2=0.9, lr_scheduler_type="cosine")
     assert SAETrainer(make_sae(), args, train_dataset=States()).args.learning_rate == 1e-4
     assert (args.adam_beta2, str(args.lr_scheduler_type.value)) == (0.9, "cosine")
+
+
+def test_arguments_can_be_given_on_the_command_line(tmp_path: Path) -> None:
+    given = [
+        "--output_dir",
+        str(tmp_path),
+        "--lr_scheduler_type",
+        "cosine",
+        "--learning_rate",
+        "1e-4",
+        "--k_start",
+        "9",
+    ]
+    (args,) = HfArgumentParser(SAETrainingArguments).parse_args_into_dataclasses(given)
+    assert (args.lr_scheduler_type.value, args.learning_rate, args.k_start) == ("cosine", 1e-4, 9)
+
+
+def test_the_decay_is_that_of_each_training(tmp_path: Path) -> None:
+    trainer = SAETrainer(make_sae(), make_args(tmp_path, max_steps=20), train_dataset=States())
+    trainer.train()
+    assert not trainer.args.lr_scheduler_kwargs
 
 
 def test_the_rate_stays_and_falls_at_the_end(tmp_path: Path) -> None:

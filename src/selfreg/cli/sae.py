@@ -42,8 +42,10 @@ def train(
     output: Output,
     features: Annotated[int, typer.Option(help="Number of latent features.", min=1)] = 4608,
     k: Annotated[int, typer.Option(help="Features that are active in a state.", min=1)] = 32,
-    activation: Annotated[str, typer.Option(help="topk, batch_topk, jumprelu or relu.")] = "topk",
-    epochs: Annotated[float, typer.Option(help="Passes over the hidden states.")] = 3,
+    activation: Annotated[
+        Literal["topk", "batch_topk", "jumprelu", "relu"], typer.Option(help="How the active features are chosen.")
+    ] = "topk",
+    epochs: Annotated[float, typer.Option(help="Passes over the hidden states.", min=0.001)] = 3,
     learning_rate: Annotated[float | None, typer.Option(help="Chosen by the width, if left out.")] = None,
     batch_size: Annotated[int, typer.Option(help="Hidden states of a batch.", min=2)] = 2048,
     max_length: Annotated[int, typer.Option(help="Tokens of a text.", min=1)] = 128,
@@ -88,7 +90,7 @@ def finetune(
     source: Source,
     texts: Texts,
     output: Output,
-    epochs: Annotated[float, typer.Option(help="Passes over the hidden states.")] = 5,
+    epochs: Annotated[float, typer.Option(help="Passes over the hidden states.", min=0.001)] = 5,
     learning_rate: Annotated[float, typer.Option()] = 5e-5,
     batch_size: Annotated[int, typer.Option(help="Hidden states of a batch.", min=2)] = 2048,
     max_tokens: MaxTokens = None,
@@ -232,6 +234,11 @@ def _train(
     from selfreg.utils.trainer import StepProgress, last_whole_checkpoint
 
     work = output / ".work"
+    # An unfinished training of this command lies there; anything else is not overwritten.
+    if output.exists() and not work.is_dir() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already: choose another folder, or remove it")
+    # Bad arguments are told before the hours that the hidden states take.
+    SAETrainingArguments(str(work), report_to="none", **settings)
     held_out = texts[::_HELD_OUT]
     kept = set(range(len(texts))) - set(range(0, len(texts), _HELD_OUT)) or {0}
     store = extractor.extract([texts[i] for i in sorted(kept)], work / "train")

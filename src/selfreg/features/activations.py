@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from selfreg.activations.store import ActivationStore, StoreShard
 from selfreg.sae.modeling import SAEForFeatureExtraction
@@ -43,7 +44,13 @@ def encode_shard(sae: SAEForFeatureExtraction, shard: StoreShard) -> tuple[Tenso
         sae.encode(shard.hidden_states[start : start + _CHUNK].float().to(sae.device))
         for start in range(0, len(shard.hidden_states), _CHUNK)
     ]
-    return torch.cat([p.values for p in parts]).cpu(), torch.cat([p.indices for p in parts]).cpu()
+    # Chunks differ in how many features their fullest state has.
+    widest = max((part.values.shape[1] for part in parts), default=1)
+    values, indices = (
+        torch.cat([pad(tensor, (0, widest - tensor.shape[1])) for tensor in tensors]).cpu()
+        for tensors in ([part.values for part in parts], [part.indices for part in parts])
+    )
+    return values, indices
 
 
 def largest_activations(sae: SAEForFeatureExtraction, store: ActivationStore) -> Tensor:

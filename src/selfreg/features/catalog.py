@@ -298,8 +298,9 @@ def sae_fingerprint(sae: SAEForFeatureExtraction) -> str:
             tensors.append(sae.threshold)
         # Sums over slices rather than all bytes: the weights of a wide SAE are gigabytes.
         parts = [f"{float(t.double().sum()):.6e} {float(t.double().pow(2).sum()):.6e}" for t in tensors]
+    config = sae.config
     return fingerprint_strings(
-        [f"{sae.config.num_features} {sae.config.hidden_size} {sae.config.k} {sae.config.activation}", *parts]
+        [f"{config.num_features} {config.hidden_size} {config.k} {config.activation} {config.input_norm}", *parts]
     )
 
 

@@ -89,7 +89,7 @@ class SAEConfig(PreTrainedConfig):
         if self.activation not in ("topk", "batch_topk"):
             raise ValueError(f"prefixes are for topk and batch_topk, not for activation={self.activation!r}")
         rising = all(a < b for a, b in zip([0, *prefixes], prefixes, strict=False))
-        if not rising or prefixes[-1] != self.num_features:
+        if not prefixes or not rising or prefixes[-1] != self.num_features:
             raise ValueError(f"prefixes={prefixes} must rise from above 0 to num_features={self.num_features}")
 
     def set_hidden_state_spec(self, spec: HiddenStateSpec) -> None:

@@ -43,8 +43,9 @@ def standardize(hidden_states: Tensor, kind: InputNorm) -> Standardized:
     if kind == "none":
         return Standardized(hidden_states, None, None)
     if kind == "rms":
-        factor = length_factor(hidden_states, kind)
-        return Standardized(hidden_states / factor, None, factor)
+        factor = torch.as_tensor(length_factor(hidden_states, kind))
+        # A state of zeros has no direction to keep.
+        return Standardized(hidden_states / factor.clamp_min(torch.finfo(factor.dtype).tiny), None, factor)
     shift = hidden_states.mean(dim=-1, keepdim=True)
     spread = length_factor(hidden_states, kind)
     return Standardized((hidden_states - shift) / (spread + _EPSILON), shift, spread)

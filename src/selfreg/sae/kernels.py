@@ -75,6 +75,8 @@ def select_above(x_ND: Tensor, W_enc_FD: Tensor, bias_F: Tensor, threshold: Tens
         used.
     """
     num_states, num_features = len(x_ND), len(W_enc_FD)
+    if num_states == 0:
+        return x_ND.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.long, device=x_ND.device)
     rows = max(1, min(num_states, _CHUNK_ELEMENTS // num_features))
     parts: list[tuple[Tensor, Tensor]] = []
     for start in range(0, num_states, rows):

@@ -111,13 +111,15 @@ class SAEForFeatureExtraction(SAETrainingMixin, PreTrainedModel):
                 known; or there are many SAEs at that place: lists them.
             OSError: there is no such folder or repo.
         """
+        if "torch_dtype" in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        kwargs.setdefault("dtype", torch.float32)
         if not {"config", "state_dict"} & set(kwargs):
             hub = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
             place = locate(pretrained_model_name_or_path, **hub)
             if not place.is_own:
                 return cls._from_foreign(place, {name: value for name, value in kwargs.items() if name not in hub})
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("dtype", torch.float32)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -131,12 +133,17 @@ class SAEForFeatureExtraction(SAETrainingMixin, PreTrainedModel):
 
     @classmethod
     def _from_foreign(cls, place: Place, kwargs: dict[str, Any]) -> "SAEForFeatureExtraction":
-        config, state = read_foreign(place.path, place.name).convert()
-        for name in set(kwargs) & set(SAEConfig.__dataclass_fields__):
-            setattr(config, name, kwargs.pop(name))
-        kwargs.setdefault("dtype", torch.float32)
-        model = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
-        return model.eval()
+        foreign = read_foreign(place.path, place.name)
+        own = SAEConfig.__annotations__
+        foreign.settings |= {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        config, state = foreign.convert()
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        model.eval()
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @property
     def decoder_weight(self) -> Tensor:
@@ -218,20 +225,22 @@ class SAEForFeatureExtraction(SAETrainingMixin, PreTrainedModel):
             aux_coefficient: weight of the auxiliary loss; 0 turns it off.
             dead_loss_weight: where it is given, the loss is that of task fine-tuning with this weight; `dead` are then
                 the features that are dead on the task. See `task_loss`.
+            sparsity_coefficient: weight of the penalty of `relu` and `jumprelu`; None leads to k active features.
         """
         self._check_width(hidden_states)
         if dead_loss_weight is not None:
             if dead is None:
                 raise ValueError("dead_loss_weight needs dead, the features that are dead on the task")
-            loss, live_loss, dead_loss = self.task_loss(hidden_states, dead, dead_loss_weight, sparsity_coefficient)
-            return SAEOutput(loss, live_loss=live_loss, aux_loss=dead_loss)
+            return self.task_loss(hidden_states, dead, dead_loss_weight, sparsity_coefficient)
         standardized = self._standardize(hidden_states)
         x = self._normalize(standardized)
         flat = x.reshape(-1, x.shape[-1])
         k = k or self.config.k
-        flat_hat, active, prefix_error = self._autoencode(flat, k)
-        if self.training and self.activation.threshold == "running":
-            self._follow_threshold(active.values)
+        if self.training:
+            flat_hat, active, prefix_error = self._autoencode(flat, k, self._weights, self.prefix_ends)
+        else:
+            active, prefix_error = self._encode_in_inference(flat), None
+            flat_hat = sparse_decode(active.values, active.indices, self.decoder_weight) + self.b_dec
         x_hat = flat_hat.view_as(x)
         features = self._features(active, x.shape[:-1])
         error, energy = (flat - flat_hat).pow(2).sum(), flat.pow(2).sum()
@@ -280,7 +289,7 @@ class SAEForFeatureExtraction(SAETrainingMixin, PreTrainedModel):
 
     def task_loss(
         self, hidden_states: Tensor, dead: Tensor, dead_weight: float, sparsity_coefficient: float | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> SAEOutput:
         """The two-part loss of task fine-tuning (Wu et al. 2025).
 
         ŷ₁ = decode(TopK over the live features), ŷ₂ = decode(TopK over the dead features);
@@ -288,46 +297,56 @@ class SAEForFeatureExtraction(SAETrainingMixin, PreTrainedModel):
 
         Args:
             hidden_states (`[..., hidden_size]`): raw.
-            dead (`[num_features]`, bool): features whose pre-activation is above zero on no token of the task.
+            dead (`[num_features]`, bool): features that are active on no token of the task; see
+                `SAETrainer.split_task_features`.
             dead_weight: weight of the second part.
             sparsity_coefficient: as for `forward`.
 
         Returns:
-            the loss and its two parts, each `[]`.
+            the loss with `live_loss` (the sparsity penalty and the mean over prefixes in it, where there are such) and
+            `aux_loss` (the dead features' part).
         """
         x = self.normalize(hidden_states)
         x = x.reshape(-1, x.shape[-1])
         dead_ids = dead.nonzero().flatten()
-        weights = self._weights if len(dead_ids) == 0 else self._weights.of((~dead).nonzero().flatten())
-        x_hat, active = self.activation.autoencode(x, weights, min(self.config.k, len(weights.W_enc)))
-        live_loss = normalized_error(x, x_hat)
+        weights, ends = self._weights, self.prefix_ends
+        if len(dead_ids):
+            live_ids = (~dead).nonzero().flatten()
+            # How many of the live features a prefix holds.
+            weights, ends = weights.of(live_ids), torch.searchsorted(live_ids, ends)
+        x_hat, active, prefix_error = self._autoencode(x, min(self.config.k, len(weights.W_enc)), weights, ends)
+        energy = x.pow(2).sum().clamp_min(torch.finfo(x.dtype).tiny)
+        live_loss = normalized_error(x, x_hat) if prefix_error is None else prefix_error / energy
+        l0 = (active.values.detach() > 0).sum(dim=-1).float().mean()
         if active.sparsity is not None:
             # Without it, what is active would grow in number and buy a lower error.
-            l0 = (active.values.detach() > 0).sum(dim=-1).float().mean()
             live_loss = live_loss + self._penalty(active.sparsity, l0, self.config.k, sparsity_coefficient)
         dead_loss = torch.zeros_like(live_loss)
         if len(dead_ids) and dead_weight > 0:
             dead_loss = self.residual_loss(x, x_hat.detach(), dead_ids, self.config.k)
-        return live_loss + dead_weight * dead_loss, live_loss, dead_loss
+        loss = live_loss + dead_weight * dead_loss
+        return SAEOutput(loss, l0=l0, aux_loss=dead_loss, live_loss=live_loss, sparsity=active.sparsity)
 
     @property
     def _weights(self) -> Weights:
         threshold = self.threshold if self.activation.threshold != "none" else None
         return Weights(self.W_enc, self.b_enc, self.decoder_weight, self.b_dec, threshold)
 
-    def _autoencode(self, x_ND: Tensor, k: int) -> tuple[Tensor, Active, Tensor | None]:
-        """x̂, what is active, and where there are prefixes the mean over them of Σ‖x - x̂‖²."""
-        weights = self._weights
-        if not self.training:
-            active = self._encode_in_inference(x_ND)
-            x_hat = sparse_decode(active.values, active.indices, weights.W_dec) + weights.b_dec
-            return x_hat, active, None
+    def _autoencode(
+        self, x_ND: Tensor, k: int, weights: Weights, ends: Tensor
+    ) -> tuple[Tensor, Active, Tensor | None]:
+        """In training: x̂, what is active, and where there are prefixes the mean over them of Σ‖x - x̂‖²."""
+        error = None
         if self.config.prefixes is None:
-            return *self.activation.autoencode(x_ND, weights, k), None
-        active = self.activation.encode(x_ND, weights, k)
-        x_hat_NPD = decode_prefixes(active.values, active.indices, weights.W_dec, self.prefix_ends) + weights.b_dec
-        error = (x_ND.unsqueeze(1) - x_hat_NPD).pow(2).sum() / len(self.prefix_ends)
-        return x_hat_NPD[:, -1], active, error
+            x_hat_ND, active = self.activation.autoencode(x_ND, weights, k)
+        else:
+            active = self.activation.encode(x_ND, weights, k)
+            x_hat_NPD = decode_prefixes(active.values, active.indices, weights.W_dec, ends) + weights.b_dec
+            error = (x_ND.unsqueeze(1) - x_hat_NPD).pow(2).sum() / len(ends)
+            x_hat_ND = x_hat_NPD[:, -1]
+        if self.training and self.activation.threshold == "running":
+            self._follow_threshold(active.values)
+        return x_hat_ND, active, error
 
     def _encode_in_inference(self, x_ND: Tensor) -> Active:
         weights = self._weights

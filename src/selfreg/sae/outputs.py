@@ -32,9 +32,9 @@ class SparseFeatures(NamedTuple):
 class SAEOutput(ModelOutput):
     """
     Attributes:
-        loss (`[]`): normalised squared error, Σ‖x - x̂‖² / Σ‖x‖² of the centred states (its mean over the prefixes of a
-            Matryoshka SAE), plus the auxiliary loss and the sparsity penalty with their coefficients where there are
-            such.
+        loss (`[]`): normalised squared error, Σ‖x - x̂‖² / Σ‖x‖² of the centred states (in training its mean over
+            the prefixes of a Matryoshka SAE), plus, in training, the auxiliary loss and the sparsity penalty with
+            their coefficients where there are such.
         reconstruction (`[..., hidden_size]`): ĥ, in the space of raw hidden states.
         features (`SparseFeatures`): what was active.
         fvu (`[]`): fraction of variance unexplained, Σ‖h - ĥ‖² / Σ‖h - h̄‖² over these states.

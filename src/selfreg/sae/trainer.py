@@ -19,7 +19,7 @@ from selfreg.sae.training_args import SAETrainingArguments
 from selfreg.utils.trainer import PartsTrainer
 
 _LEARNING_RATE = 3e-3
-_LEARNING_RATE_WIDTH = 4608
+_LEARNING_RATE_WIDTH = 16_384
 _DECAY_SHARE = 0.3
 _THRESHOLD_RATE = 10
 """Of thresholds, in learning rates: they are fifty times as large as an element of a unit row."""
@@ -93,8 +93,12 @@ class SAETrainer(PartsTrainer):
     ) -> Any:
         # An SAE that has been trained keeps the centring and scale that its weights are made for.
         is_new = self.args.objective == "pretrain" and not self.model.is_normalized
-        if is_new and not resume_from_checkpoint and self.train_dataset is not None:
-            self._start_from_data()
+        if self.train_dataset is not None:
+            if is_new and not resume_from_checkpoint:
+                self._start_from_data()
+            elif self.model.config.converted_from and not self.model.mean.any() and self.model.scale == 1:
+                # When resuming too: what it is resumed from was saved after it.
+                self._adopt()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
@@ -117,6 +121,8 @@ class SAETrainer(PartsTrainer):
             self.parts.add(
                 live_loss=output.live_loss, dead_loss=output.aux_loss, dead_on_task=sae.dead_on_task.float().mean()
             )
+            if output.sparsity is not None:
+                self.parts.add(sparsity=output.sparsity)
             return (output.loss, output) if return_outputs else output.loss
         dead_mask = sae.tokens_since_fired >= self._dead_after()
         output = model(
@@ -198,8 +204,16 @@ class SAETrainer(PartsTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            given: Any = self.args.lr_scheduler_kwargs or {}
-            self.args.lr_scheduler_kwargs = {"num_decay_steps": round(_DECAY_SHARE * num_training_steps), **given}
+            given: Any = self.args.lr_scheduler_kwargs
+            # For this training alone: another may be of other steps.
+            self.args.lr_scheduler_kwargs = {
+                "num_decay_steps": round(_DECAY_SHARE * num_training_steps),
+                **(given or {}),
+            }
+            try:
+                return super().create_scheduler(num_training_steps, optimizer)
+            finally:
+                self.args.lr_scheduler_kwargs = given
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _first_k(self) -> int:
@@ -212,19 +226,38 @@ class SAETrainer(PartsTrainer):
         seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
         return min(10_000_000, max(1, seen // 40))
 
-    def _start_from_data(self) -> None:
-        """Centring, scale (to a mean squared norm of hidden_size) and thresholds, from up to 65,536 states."""
+    def _normalization(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to 65,536 states, their mean, and the scale that gives them a mean squared norm of hidden_size."""
         sae = self.accelerator.unwrap_model(self.model)
         states = sample_states(self.train_dataset, _NORMALIZATION_STATES)  # type: ignore[arg-type]
         sample = standardize(states.double(), sae.config.input_norm).states
         mean = sample.mean(dim=0)
         scale = (sample - mean).pow(2).mean().sqrt()
-        sae.set_normalization(mean.to(sae.mean), scale.to(sae.scale))
+        return states, mean.to(sae.mean), scale.to(sae.scale)
+
+    def _adopt(self) -> None:
+        """An SAE of another library, which takes raw states, is written in the terms that training is made for."""
+        sae = self.accelerator.unwrap_model(self.model)
+        states, mean, scale = self._normalization()
+        if sae.activation.penalty != "none":
+            # Its files don't say how many features should be active: as many as are.
+            some = states[:: max(1, len(states) // _THRESHOLD_STATES)].to(sae.device)
+            with torch.no_grad():
+                active = (sae.encode(some).values > 0).sum(dim=1).float().mean()
+            sae.config.k = max(1, round(float(active)))
+            logger.info("%s: %d features are active in a state, and will be", sae.config.converted_from, sae.config.k)
+        sae.rescale(mean, scale)
+
+    def _start_from_data(self) -> None:
+        """Centring, scale and thresholds of a new SAE."""
+        sae = self.accelerator.unwrap_model(self.model)
+        states, mean, scale = self._normalization()
+        sae.set_normalization(mean, scale)
         sae.start_from(states[:: max(1, len(states) // _THRESHOLD_STATES)].to(sae.device), self._first_k())
 
 
 def learning_rate_for(num_features: int) -> float:
-    """The learning rate of pre-training: falls with the square root of the width (as in sparsify and SAELens)."""
+    """The learning rate of pre-training: beyond 16,384 features it falls with the square root of the width."""
     return _LEARNING_RATE * (_LEARNING_RATE_WIDTH / max(num_features, _LEARNING_RATE_WIDTH)) ** 0.5
 
 
@@ -239,7 +272,7 @@ class _UnitNormDecoder(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kwargs["model"].normalize_decoder()
+        kwargs["model"].project()
 
 
 class _TaskSplit(TrainerCallback):

@@ -49,7 +49,7 @@ class SAETrainingArguments(TrainingArguments):
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Initial learning rate; None: by width (pretrain), 5e-5 (finetune)."}
     )
-    lr_scheduler_type: Any = field(
+    lr_scheduler_type: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Schedule; None: warmup_stable_decay (pretrain), linear (finetune)."}
     )
     adam_beta2: float | None = field(  # type: ignore[assignment]
@@ -80,6 +80,9 @@ class SAETrainingArguments(TrainingArguments):
         for name, value in checks.items():
             if value < 0:
                 raise ValueError(f"{name}={value} must not be negative")
+        for name, count in {"k_start": self.k_start, "dead_after_tokens": self.dead_after_tokens}.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1")
         if not 0 <= self.k_anneal_ratio <= 1:
             raise ValueError(f"k_anneal_ratio={self.k_anneal_ratio} must lie between 0 and 1")
         super().__post_init__()

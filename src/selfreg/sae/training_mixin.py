@@ -67,6 +67,21 @@ class SAETrainingMixin:
         self.activation.start_from(x.reshape(-1, x.shape[-1]), self._weights, k)
 
     @torch.no_grad()
+    def rescale(self, mean: Tensor, scale: Tensor) -> None:
+        """Another centring and scale, with weights that give the same reconstructions; activations divided by what the
+        scale is multiplied with.
+
+        For SAEs of other libraries, which take raw states: rates, bandwidths and penalties are made for states with a
+        mean squared norm of hidden_size.
+        """
+        factor = scale / self.scale
+        self.b_dec.copy_((self.b_dec * self.scale + self.mean - mean) / scale)
+        self.b_enc.div_(factor)
+        if self.activation.threshold != "none":
+            self.threshold.div_(factor)
+        self.set_normalization(mean, scale)
+
+    @torch.no_grad()
     def project_decoder_gradient(self) -> None:
         """Takes out of the decoder's gradient what would only change the length of a direction.
 
@@ -85,6 +100,16 @@ class SAETrainingMixin:
         if self.config.normalize_decoder:
             weight = self.decoder_weight
             weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """After a step: decoder directions to unit length, thresholds to zero or above.
+
+        A clamp within the forward pass would have no gradient below zero, and a threshold would stay there for good.
+        """
+        self.normalize_decoder()
+        if self.activation.threshold == "learned":
+            self.threshold.clamp_(min=0)
 
     @torch.no_grad()
     def count_fired(self, features: SparseFeatures) -> None:

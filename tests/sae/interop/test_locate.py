@@ -93,7 +93,38 @@ def test_only_the_files_of_that_sae_are_downloaded(
     place = locate.locate("google/scope", subfolder="layer_3/width_16k")
     assert place.path == tmp_path / "layer_3" / "width_16k"
     assert place.name == "google/scope/layer_3/width_16k"
-    assert all(pattern.startswith("layer_3/width_16k/") and "**" not in pattern for pattern in patterns)
+    # No globs: a star would match in folders below as well.
+    assert patterns == ["layer_3/width_16k/params.npz"]
+
+
+def test_a_repo_whose_root_is_another_model_lists_what_is_below(
+    online: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    files = ["config.json", "model.safetensors", "2_SparseAutoEncoder/config.json"]
+    files.append("2_SparseAutoEncoder/model.safetensors")
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *args, **kwargs: files)
+    monkeypatch.setattr(locate, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / "config.json"))
+    with pytest.raises(ValueError, match=r"subfolder=…\n  2_SparseAutoEncoder"):
+        SAEForFeatureExtraction.from_pretrained("team/csr")
+    assert "downloaded" not in online
+
+
+def test_weights_in_shards_are_found(online: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_sae().save_pretrained(tmp_path, max_shard_size="5KB")
+    files = [path.name for path in tmp_path.iterdir()]
+    assert "model.safetensors.index.json" in files
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *args, **kwargs: [*files, "README.md"])
+    monkeypatch.setattr(locate, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / "config.json"))
+    asked: list[str] = []
+
+    def download(repo_id: str, *, allow_patterns: list[str], **kwargs: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(locate, "snapshot_download", download)
+    assert locate.locate("team/own").is_own
+    assert sorted(asked) == sorted(files)
 
 
 def test_which_folders_hold_an_sae() -> None:

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfreg import SAEForFeatureExtraction
+from sae_helpers import States, make_args, make_sae
+from selfreg import SAEForFeatureExtraction, SAETrainer
+from selfreg.sae.interop import saelens
+from selfreg.sae.statistics import evaluate_sae
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = sorted(path.name for path in FIXTURES.iterdir())
@@ -65,6 +68,84 @@ def test_provenance_is_kept(tmp_path: Path) -> None:
     assert (sae.config.base_model_name_or_path, sae.config.layer, sae.config.token_rule) == ("some/model", 7, "text")
 
 
+@pytest.mark.parametrize("version", ["10.0.0", "6.0.0", None])
+def test_any_version_of_the_configuration_is_read_with_its_options(version: str | None, tmp_path: Path) -> None:
+    folder = prepared("saelens-topk-true", tmp_path)
+    expected = load_file(FIXTURES / "saelens-topk-true" / "expected.safetensors")
+    metadata = {} if version is None else {"sae_lens_version": version}
+    edit(folder / "cfg.json", metadata=metadata)
+    sae = SAEForFeatureExtraction.from_pretrained(folder)
+    torch.testing.assert_close(sae.encode(expected["states"]).to_dense(), expected["features"])
+    edit(folder / "cfg.json", twist=4)
+    with pytest.raises(ValueError, match="twist=4"):
+        SAEForFeatureExtraction.from_pretrained(folder)
+
+
+def test_a_topk_sae_without_its_k_is_refused(tmp_path: Path) -> None:
+    folder = prepared("saelens-topk", tmp_path)
+    config = json.loads((folder / "cfg.json").read_text())
+    del config["k"]
+    (folder / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not say its k"):
+        SAEForFeatureExtraction.from_pretrained(folder)
+
+
+def test_what_from_pretrained_takes_elsewhere_it_takes_here(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = prepared("saelens-standard", tmp_path)
+    _, info = SAEForFeatureExtraction.from_pretrained(folder, output_loading_info=True)  # type: ignore[misc]
+    assert not info["missing_keys"]
+    assert "MISSING" not in capfd.readouterr().err
+    for name in ("dtype", "torch_dtype"):
+        half = SAEForFeatureExtraction.from_pretrained(folder, **{name: torch.bfloat16})
+        assert half.W_enc.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="k=99 is over num_features=20"):
+        SAEForFeatureExtraction.from_pretrained(prepared("saelens-topk", tmp_path), k=99)
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk"])
+def test_a_converted_sae_is_finetuned_as_its_original(kind: str, tmp_path: Path) -> None:
+    class Large(States):
+        """States of an ordinary backbone: far from unit length."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.states = self.states * 30
+
+    own = make_sae(activation=kind)
+    SAETrainer(own, make_args(tmp_path, num_train_epochs=30, learning_rate=5e-3), train_dataset=Large()).train()
+    saelens.write(own, tmp_path / "lens")
+    other = SAEForFeatureExtraction.from_pretrained(tmp_path / "lens")
+    before = evaluate_sae(other, Large(seed=1))
+    args = make_args(tmp_path, objective="finetune", num_train_epochs=10, learning_rate=1e-3)
+    SAETrainer(other, args, train_dataset=Large()).train()
+    after = evaluate_sae(other, Large(seed=1))
+    assert after.fvu < before.fvu + 0.01
+    assert after.l0 == pytest.approx(before.l0, rel=0.2)
+
+
+def test_files_that_are_cut_short_are_named(tmp_path: Path) -> None:
+    folder = prepared("saelens-standard", tmp_path)
+    for content in (b"", (folder / "sae_weights.safetensors").read_bytes()[:-40]):
+        (folder / "sae_weights.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"sae_weights.safetensors could not be read"):
+            SAEForFeatureExtraction.from_pretrained(folder)
+    (folder / "cfg.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"cfg.json is not JSON"):
+        SAEForFeatureExtraction.from_pretrained(folder)
+    gemma(tmp_path / "scope")
+    whole = (tmp_path / "scope" / "params.npz").read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+        (tmp_path / "scope" / "params.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"params.npz could not be read"):
+            SAEForFeatureExtraction.from_pretrained(tmp_path / "scope")
+
+
+def test_transcoders_are_no_saes(tmp_path: Path) -> None:
+    gemma(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3")
+    with pytest.raises(ValueError, match="is a transcoder"):
+        SAEForFeatureExtraction.from_pretrained(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3")
+
+
 @pytest.mark.parametrize(
     ("hook", "layer"),
     [
@@ -89,15 +170,21 @@ def test_layers_are_counted_as_here(
 
 
 def test_an_sae_of_another_library_keeps_its_weights_when_trained_on(tmp_path: Path) -> None:
-    from sae_helpers import States, make_args
-    from selfreg import SAETrainer
-
     sae = SAEForFeatureExtraction.from_pretrained(prepared("saelens-topk", tmp_path))
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     args = make_args(tmp_path, max_steps=1, learning_rate=0.0)
     SAETrainer(sae, args, train_dataset=States(width=6)).train()
-    for name in ("W_enc", "b_enc", "W_dec", "mean", "scale"):
+    for name in ("W_enc", "W_dec"):
         assert torch.equal(sae.state_dict()[name], before[name]), name
+    # Centred and scaled for training, and still the same features, in units of the scale, and the same reconstruction.
+    assert sae.is_normalized
+    assert sae.scale != 1
+    untouched = SAEForFeatureExtraction.from_pretrained(tmp_path / "saelens-topk")
+    states = States(width=6).states
+    with torch.no_grad():
+        ours, theirs = sae.eval()(states), untouched(states)
+    torch.testing.assert_close(ours.reconstruction, theirs.reconstruction, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.features.to_dense() * sae.scale, theirs.features.to_dense(), rtol=1e-4, atol=1e-4)
 
 
 def test_old_saelens_configurations(tmp_path: Path) -> None:
@@ -108,7 +195,7 @@ def test_old_saelens_configurations(tmp_path: Path) -> None:
     (folder / "cfg.json").write_text(json.dumps(old))
     sae = SAEForFeatureExtraction.from_pretrained(folder)
     torch.testing.assert_close(sae.encode(expected["states"]).to_dense(), expected["features"])
-    assert (sae.config.layer, sae.config.base_model_name_or_path) == (1, "gpt2-small")
+    assert (sae.config.layer, sae.config.base_model_name_or_path) == (1, "openai-community/gpt2")
     edit(folder / "cfg.json", activation_fn_str="topk", activation_fn_kwargs={"k": 2})
     assert SAEForFeatureExtraction.from_pretrained(folder).encode(expected["states"]).values.shape[1] == 2
     edit(folder / "cfg.json", activation_fn_str="tanh-relu", activation_fn_kwargs={})

@@ -32,7 +32,9 @@ class _Jump(torch.autograd.Function):
 
 
 class JumpReLU(Activation):
-    """a(h) = pre · H(pre - θ), θ ≥ 0 one a feature, penalised by the mean number of active features over D.
+    """a(h) = pre · H(pre - θ), θ one a feature, penalised by the mean number of active features over D.
+
+    θ ≥ 0: `SAETrainingMixin.project` holds it there.
 
     The gradient of θ is the straight-through estimate: ∂a/∂θ = -θ/ε · 1[|pre - θ| < ε/2] and
     ∂H(pre - θ)/∂θ = -1/ε · 1[|pre - θ| < ε/2].
@@ -50,7 +52,7 @@ class JumpReLU(Activation):
 
     def encode(self, x_ND: Tensor, weights: Weights, k: int) -> Active:
         assert weights.threshold is not None
-        threshold = weights.threshold.clamp_min(0)
+        threshold = weights.threshold
         # Also what is just below its threshold: that is where the threshold learns that it is too high.
         near = above((threshold.detach() - BANDWIDTH / 2).clamp_min(0))
         pre, indices = sparse_encode(x_ND, weights.W_enc, weights.b_enc, weights.b_dec, k, select=near)

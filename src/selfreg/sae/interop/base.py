@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from selfreg.sae.configuration import SAEConfig
@@ -48,6 +50,10 @@ class Foreign:
 
     def convert(self) -> tuple[SAEConfig, dict[str, Tensor]]:
         """The configuration and the state dict of an `SAEForFeatureExtraction`."""
+        if self.W_enc.ndim != 2:
+            raise ValueError(f"{self.source}: W_enc has the shape {list(self.W_enc.shape)}, not two dimensions")
+        if self.activation == "topk" and self.k is None:
+            raise ValueError(f"{self.source}: a topk SAE that does not say its k")
         num_features, hidden_size = self.W_enc.shape
         tied = self.W_dec is None
         wanted: dict[str, tuple[int, ...]] = {"b_enc": (num_features,), "b_dec": (hidden_size,)}
@@ -87,9 +93,15 @@ class Foreign:
             "mean": torch.zeros(hidden_size),
             "scale": torch.ones(()),
             **({} if self.W_dec is None else {"W_dec": self.W_dec}),
-            **({} if self.threshold is None else {"threshold": self.threshold}),
+            # Below zero there is nothing to let through: pre > 0 has to hold as well.
+            **({} if self.threshold is None else {"threshold": self.threshold.clamp_min(0)}),
         }
-        return config, {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in state.items()}
+        converted = {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in state.items()}
+        converted["tokens_since_fired"] = torch.zeros(num_features, dtype=torch.long)
+        converted["dead_on_task"] = torch.zeros(num_features, dtype=torch.bool)
+        if self.activation == "relu":
+            converted["sparsity_coefficient"] = torch.ones(())
+        return config, converted
 
     def fold_decoder_norm(self) -> None:
         """Decoder directions to unit length, what that takes away into the activations; the reconstruction stays."""
@@ -126,7 +138,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {type(config).__name__}, not an object")
@@ -147,6 +159,18 @@ def load_torch(path: Path) -> Any:
             f"{path} could not be read with weights_only=True, and is not read otherwise (a pickle may run code): "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: it is cut short, or no such file.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} could not be read: {error}; is it whole?") from error
 
 
 def tensors_of(state: Any, path: Path) -> dict[str, Tensor]:
@@ -186,6 +210,34 @@ def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], path: Path) 
 
 def refuse(path: Path, name: str, value: Any, why: str = "is not supported") -> None:
     raise ValueError(f"{path}: {name}={value!r} {why}")
+
+
+# TransformerLens' names of backbones that many SAEs were trained on.
+_HUB_IDS = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-small": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "gemma-2b": "google/gemma-2b",
+    "gemma-2b-it": "google/gemma-2b-it",
+    "gemma-2-2b": "google/gemma-2-2b",
+    "gemma-2-2b-it": "google/gemma-2-2b-it",
+    "gemma-2-9b": "google/gemma-2-9b",
+    "gemma-2-9b-it": "google/gemma-2-9b-it",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+}
+
+
+def hub_id(name: str | None) -> str | None:
+    """The Hub id of a backbone; None, with a warning, where a name is neither an id nor known."""
+    if name is None or "/" in name:
+        return name
+    if re.fullmatch(r"pythia-[\w.]+(-deduped)?(-v0)?", name):
+        return f"EleutherAI/{name}"
+    if name not in _HUB_IDS:
+        logger.warning("the backbone %r has no known Hub id: give base_model_name_or_path=", name)
+    return _HUB_IDS.get(name)
 
 
 def residual_layer(hook: str | None) -> int | None:

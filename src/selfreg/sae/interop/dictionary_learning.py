@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selfreg.sae.interop.base import Foreign, gated, load_torch, logger, read_config, refuse, take, tensors_of
+from selfreg.sae.interop.base import Foreign, gated, hub_id, load_torch, logger, read_config, refuse, take, tensors_of
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 
@@ -22,7 +22,9 @@ _CLASSES = (
 
 
 def read(folder: Path) -> Foreign:
-    """
+    """Features are those of the stored weights; `load_dictionary` there multiplies those of an `AutoEncoder` by the
+    length of its decoder directions, where they are not of unit length.
+
     Raises:
         ValueError: a class of dictionary that does not fit, by name.
     """
@@ -77,6 +79,6 @@ def _provenance(trainer: dict[str, Any]) -> dict[str, Any]:
     name, layer, module = trainer.get("lm_name"), trainer.get("layer"), trainer.get("submodule_name")
     is_residual = module is None or str(module).startswith("resid_post")
     return {
-        "base_model_name_or_path": name if isinstance(name, str) and name else None,
+        "base_model_name_or_path": hub_id(name) if isinstance(name, str) and name else None,
         "layer": layer if isinstance(layer, int) and layer >= 0 and is_residual else None,
     }

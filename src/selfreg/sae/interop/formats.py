@@ -9,8 +9,6 @@ from selfreg.sae.interop import authors, dictionary_learning, gemma_scope, saele
 from selfreg.sae.interop.base import Foreign, read_config
 
 OWN = "selfreg"
-_OWN_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-
 FORMATS: dict[str, tuple[str, ...]] = {
     OWN: ("config.json", "model.safetensors"),
     "SAELens": (saelens.CONFIG, saelens.WEIGHTS),
@@ -37,9 +35,8 @@ def find_format(path: Path, name: str | None = None) -> str:
     if path.is_file():
         if path.suffix == authors.SUFFIX:
             return "the paper's authors"
-        found = next((name for name, files in FORMATS.items() if path.name in files[-1:] and name != OWN), None)
-        if found is not None:
-            return found
+        if any(path.name in files for files in FORMATS.values()):
+            return find_format(path.parent, name)
         raise ValueError(f"{path} is not a file that is known here: {_known()}")
     names = {entry.name for entry in path.iterdir()}
     for kind in ("SAELens", "sparsify", "Gemma Scope", "dictionary_learning"):
@@ -95,6 +92,8 @@ def list_saes(files: Iterable[str]) -> list[str]:
     # A file by itself may be named by its folder.
     found = {name for folder, names in single.items() for name in (names if len(names) > 1 else [folder])}
     markers: list[Any] = [set(names) for names in FORMATS.values() if not names[0].startswith("*")]
+    # Weights in shards.
+    markers.append({"config.json", "model.safetensors.index.json"})
     found |= {folder for folder, names in folders.items() if any(marker <= names for marker in markers)}
     return sorted(found, key=_natural)
 

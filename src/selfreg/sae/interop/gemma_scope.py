@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from selfreg.sae.interop.base import Foreign, take
+from selfreg.sae.interop.base import Foreign, logger, take
 
 WEIGHTS = "params.npz"
 
@@ -28,10 +29,13 @@ def read(folder: Path, name: str) -> Foreign:
         ValueError: other arrays than those of a JumpReLU SAE.
     """
     path = folder / WEIGHTS
+    if "transcoder" in name:
+        raise ValueError(f"{name} is a transcoder, from one place of the backbone to another: no SAE")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here: numpy leaves a file open that it can't read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             state = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} could not be read: {error}") from error
     W_enc, b_enc, W_dec, b_dec, threshold = take(state, ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"), path)
     l0 = re.search(r"average_l0_(\d+)", name)
@@ -39,6 +43,8 @@ def read(folder: Path, name: str) -> Foreign:
     model = next((model for repo, model in _MODELS.items() if repo in name), None)
     # Of the repos only those on the residual stream hold states that an extractor gives.
     is_residual = "-res" in name
+    if not is_residual:
+        logger.warning("%s does not say that it is of the residual stream: the SAE's layer is left open", name)
     return Foreign(
         "Gemma Scope",
         W_enc.T,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -15,11 +15,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from selfreg.sae.configuration import SAEConfig
+from selfreg.sae.interop import sentence_transformers
+from selfreg.sae.interop.base import read_config
 from selfreg.sae.interop.formats import FILE_SUFFIXES, FORMATS, OWN, find_format, list_saes, no_sae_message
 
 logger = logging.getLogger(__name__)
 
-_FILES = sorted({file for files in FORMATS.values() for file in files} | {"activation_scaler.json"})
+_FILES = sorted(
+    {file for files in FORMATS.values() for file in files if "*" not in file}
+    | {"activation_scaler.json", "model.safetensors.index.json", sentence_transformers.OLD_WEIGHTS}
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,12 @@ def locate(
         raise ValueError(f"there is no {subfolder!r}: {no_sae_message(str(name_or_path), list_saes(files))}")
     repo, folder = str(name_or_path), subfolder.strip("/")
     where = f"{repo}/{folder}".rstrip("/")
+    # Without a list of its files, the names that are known: a glob would match in folders below as well.
+    patterns = (
+        [folder] if Path(folder).suffix in FILE_SUFFIXES else [f"{folder}/{file}".lstrip("/") for file in _FILES]
+    )
     if not local_files_only and not constants.is_offline_mode():
-        _check_repo(repo, folder, where, revision, token)
-    is_file = Path(folder).suffix in FILE_SUFFIXES
-    patterns = [folder] if is_file else [f"{folder}/{file}".lstrip("/") for file in _FILES]
+        patterns = _files_of(repo, folder, where, revision, token) or patterns
     try:
         snapshot = snapshot_download(
             repo,
@@ -90,8 +98,12 @@ def locate(
     return Place(path, where)
 
 
-def _check_repo(repo: str, folder: str, where: str, revision: str | None, token: Any) -> None:
-    """Before anything is downloaded: is there an SAE in that folder of the repo?"""
+def _files_of(repo: str, folder: str, where: str, revision: str | None, token: Any) -> list[str]:
+    """The files of the SAE in that folder of the repo; empty where they can't be listed.
+
+    Raises:
+        ValueError: there is none.
+    """
     try:
         files = HfApi(token=token).list_repo_files(repo, revision=revision)
     except RepositoryNotFoundError as error:
@@ -101,9 +113,25 @@ def _check_repo(repo: str, folder: str, where: str, revision: str | None, token:
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         # What is in the cache may do.
         logger.info("the files of %s could not be listed: %s", repo, error)
-        return
+        return []
+    if folder in files and Path(folder).suffix in FILE_SUFFIXES:
+        return [folder]
     saes = list_saes(files)
-    if (folder or ".") in saes:
-        return
-    inside = [sae for sae in saes if not folder or sae.startswith(f"{folder}/")]
-    raise ValueError(no_sae_message(where, inside or saes))
+    names = {file.rpartition("/")[2]: file for file in files if file.rpartition("/")[0] == folder}
+    if (folder or ".") not in saes or _is_another_model(repo, names, revision, token):
+        inside = [sae for sae in saes if not folder or sae.startswith(f"{folder}/")]
+        raise ValueError(no_sae_message(where, inside or saes))
+    return [file for name, file in names.items() if name in _FILES or _is_weights(name)]
+
+
+def _is_weights(name: str) -> bool:
+    return name == "model.safetensors.index.json" or Path(name).suffix in (".safetensors", *FILE_SUFFIXES)
+
+
+def _is_another_model(repo: str, names: dict[str, str], revision: str | None, token: Any) -> bool:
+    """Whether a folder that has the files of any model of transformers holds no SAE."""
+    others = [set(files) for kind, files in FORMATS.items() if kind not in (OWN, "sentence-transformers")]
+    if "config.json" not in names or any(files <= set(names) for files in others):
+        return False
+    config = read_config(Path(hf_hub_download(repo, names["config.json"], revision=revision, token=token)))
+    return config.get("model_type") != SAEConfig.model_type and not sentence_transformers.is_config(config)

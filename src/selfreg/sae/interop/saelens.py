@@ -5,19 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from packaging.version import Version
+from safetensors.torch import save_file
 from torch import Tensor
 
 from selfreg.sae.interop.base import (
     Foreign,
     gated,
+    hub_id,
+    load_safetensors,
     logger,
     read_config,
     refuse,
     refuse_unknown,
     residual_layer,
     take,
-    tensors_of,
 )
 from selfreg.utils.files import atomic_folder
 
@@ -64,6 +66,8 @@ _TRAINING_OPTIONS = frozenset(
         "use_matryoshka_aux_loss",
     ]
 )
+# Beside those of the model, in configurations before SAELens 6.
+_OLD_OPTIONS = frozenset({"model_name", "hook_name", "hook_point", "activation_fn_str", "activation_fn"})
 _NORMS = {"none": "none", "constant_norm_rescale": "rms", "layer_norm": "layer_norm"}
 _ARCHITECTURES = ("standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk")
 
@@ -81,7 +85,7 @@ def read(folder: Path) -> Foreign:
         refuse(path, "architecture", architecture, f"is not one of {', '.join(_ARCHITECTURES)}")
     if config.get("reshape_activations", "none") != "none":
         refuse(path, "reshape_activations", config["reshape_activations"], "asks for states that are not read here")
-    state = tensors_of(load_file(folder / WEIGHTS), folder / WEIGHTS)
+    state = load_safetensors(folder / WEIGHTS)
     foreign = _weights(state, architecture, folder / WEIGHTS)
     foreign.subtract_b_dec = bool(config.get("apply_b_dec_to_input", True))
     if "k" in config and config["k"] is not None:
@@ -99,8 +103,10 @@ def read(folder: Path) -> Foreign:
 def _modern(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """A configuration as SAELens 6 writes it, from one of any version."""
     metadata = config.get("metadata") or {}
-    if (config.get("sae_lens_version") or metadata.get("sae_lens_version") or "0") >= "6":
-        refuse_unknown(config, _MODEL_OPTIONS | _TRAINING_OPTIONS, path)
+    version = config.get("sae_lens_version") or metadata.get("sae_lens_version")
+    is_old = Version(version) < Version("6.0.0rc0") if version else bool(_OLD_OPTIONS & set(config))
+    if not is_old:
+        refuse_unknown(config, _MODEL_OPTIONS | _TRAINING_OPTIONS | {"sae_lens_version"}, path)
         return config
     # Before 6 the options of the whole training lie beside those of the model. Those of the model:
     activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
@@ -109,8 +115,6 @@ def _modern(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if activation == "topk":
         architecture = "topk"
         refuse_unknown(options, {"k"}, path)
-        if "k" not in options:
-            refuse(path, "activation_fn_kwargs", options, "has no k")
     elif activation != "relu" or options:
         refuse(path, "activation_fn_str", activation if not options else (activation, options))
     normalisation = config.get("normalize_activations") or "none"
@@ -120,8 +124,13 @@ def _modern(config: dict[str, Any], path: Path) -> dict[str, Any]:
         "apply_b_dec_to_input": config.get("apply_b_dec_to_input", True),
         "normalize_activations": "expected_average_only_in" if normalisation is True else normalisation,
         "reshape_activations": config.get("reshape_activations") or ("hook_z" if "hook_z" in (hook or "") else "none"),
-        "metadata": {"model_name": config.get("model_name"), "hook_name": hook},
-        **({"k": options["k"]} if activation == "topk" else {}),
+        "metadata": {
+            "model_name": config.get("model_name"),
+            "hook_name": hook,
+            "model_from_pretrained_kwargs": config.get("model_from_pretrained_kwargs"),
+        },
+        "rescale_acts_by_decoder_norm": config.get("rescale_acts_by_decoder_norm", False),
+        **({"k": options.get("k", config.get("k"))} if architecture == "topk" else {}),
     }
 
 
@@ -180,7 +189,7 @@ def _normalisation(foreign: Foreign, config: dict[str, Any], folder: Path) -> No
 def _provenance(foreign: Foreign, metadata: dict[str, Any]) -> None:
     name = metadata.get("model_name")
     hook = metadata.get("hf_hook_name") or metadata.get("hook_name")
-    foreign.settings["base_model_name_or_path"] = name
+    foreign.settings["base_model_name_or_path"] = hub_id(name)
     foreign.settings["layer"] = residual_layer(hook)
     if hook is not None and foreign.settings["layer"] is None:
         logger.warning("%s is not the residual stream after a block: the SAE's layer is left open", hook)

@@ -3,10 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from selfreg.sae.interop.base import Foreign, load_torch, read_config, refuse_unknown, take, tensors_of
+from selfreg.sae.interop.base import (
+    Foreign,
+    load_safetensors,
+    load_torch,
+    read_config,
+    refuse_unknown,
+    take,
+    tensors_of,
+)
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
 
@@ -28,7 +35,7 @@ def read(folder: Path) -> Foreign:
     weights = folder / WEIGHTS
     state: dict[str, Tensor]
     if weights.exists():
-        state = load_file(weights)
+        state = load_safetensors(weights)
     else:
         weights = folder / OLD_WEIGHTS
         state = tensors_of(load_torch(weights), weights)

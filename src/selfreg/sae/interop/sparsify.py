@@ -2,9 +2,15 @@
 
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from selfreg.sae.interop.base import Foreign, read_config, refuse, refuse_unknown, residual_layer, take
+from selfreg.sae.interop.base import (
+    Foreign,
+    load_safetensors,
+    read_config,
+    refuse,
+    refuse_unknown,
+    residual_layer,
+    take,
+)
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
@@ -42,7 +48,7 @@ def read(folder: Path, name: str) -> Foreign:
         if config.get(option):
             refuse(path, option, config[option])
     W_enc, b_enc, W_dec, b_dec = take(
-        load_file(folder / WEIGHTS), ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), folder / WEIGHTS
+        load_safetensors(folder / WEIGHTS), ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), folder / WEIGHTS
     )
     return Foreign(
         "sparsify",

@@ -96,6 +96,13 @@ def test_mistakes_are_told(files: tuple[str, str], arguments: list[str], message
     assert message in result.stderr.replace("\n", " ")
 
 
+def test_an_empty_file_is_told(files: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    settings = [str(tmp_path / "empty.jsonl"), "--model", files[0], "--layer", "1", "-o", str(tmp_path / "sae")]
+    result = runner.invoke(app, ["sae", "train", *settings])
+    assert "empty.jsonl is empty" in result.stderr.replace("\n", " ")
+
+
 def test_an_activation_that_is_not_there_is_told_with_those_that_are(files: tuple[str, str], tmp_path: Path) -> None:
     model, path = files
     settings = ["sae", "train", path, "--model", model, "-o", str(tmp_path / "sae"), "--layer", "1"]

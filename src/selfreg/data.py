@@ -123,6 +123,8 @@ def load_rows(split: SplitRecipe) -> list[dict[str, Any]]:
         if suffixes:
             if not path.exists():
                 raise RecipeError(f"there is no file {split.path}")
+            if path.stat().st_size == 0:
+                raise RecipeError(f"{split.path} is empty")
             dataset = load_dataset(_FORMATS[suffixes[-1]], data_files=str(path), split=split.split)
         elif path.is_file() or path.suffix.lower() in _OTHER_FORMATS or split.path.startswith((".", "/", "~")):
             known = ", ".join(_FORMATS)

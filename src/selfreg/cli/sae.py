@@ -64,9 +64,11 @@ def train(
     from selfreg.sae.modeling import SAEForFeatureExtraction
 
     with clear_errors():
-        setup_logging()
+        _setup()
         # Before the hours that it takes to come to it.
         SAEConfig(num_features=features, k=k, activation=activation)
+        _check_output(output)
+        found = _read(texts, column, split, max_tokens, max_length)
         extractor = HiddenStateExtractor.from_pretrained(model, layer=_layer(layer), max_length=max_length)
         from transformers import set_seed
 
@@ -75,7 +77,7 @@ def train(
         _train(
             SAEForFeatureExtraction(config),
             extractor,
-            _read(texts, column, split, max_tokens, max_length),
+            found,
             output,
             objective="pretrain",
             num_train_epochs=epochs,
@@ -104,7 +106,8 @@ def finetune(
 ) -> None:
     """Fine-tune an SAE on the texts of a task, so that features that are dead there learn what was missed."""
     with clear_errors():
-        setup_logging()
+        _setup()
+        _check_output(output)
         sae = _load(source, subfolder, revision, model, layer)
         extractor = _extractor(sae)
         from transformers import set_seed
@@ -139,7 +142,7 @@ def evaluate(
     import tempfile
 
     with clear_errors():
-        setup_logging()
+        _setup()
         sae = _load(source, subfolder, revision, model, layer)
         extractor = _extractor(sae)
         found = _read(texts, column, split, max_tokens, extractor.spec.max_length)
@@ -166,10 +169,9 @@ def convert(
     authors. Normalisation and thresholds are converted; what is not known is refused by name.
     """
     with clear_errors():
-        setup_logging()
+        _setup()
+        _check_output(output)
         sae = _load(source, subfolder, revision, model, layer)
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"{output} is there already: choose another folder, or remove it")
         if to == "saelens":
             from selfreg.sae.interop.saelens import write
 
@@ -177,11 +179,29 @@ def convert(
         else:
             _save(sae, output)
         config = sae.config
-        where = "" if config.layer is None else f", layer {config.layer} of {config.base_model_name_or_path}"
+        where = (
+            ""
+            if config.layer is None
+            else f", layer {config.layer} of {config.base_model_name_or_path or 'an unnamed backbone'}"
+        )
         say(
             f"{output}  {config.num_features} features of width {config.hidden_size}, {config.activation}"
             f"{where}, from {config.converted_from or 'selfreg'}"
         )
+
+
+def _setup() -> None:
+    from selfreg.utils.progress import show_only_own_bars
+
+    setup_logging()
+    show_only_own_bars()
+
+
+def _check_output(output: Path) -> None:
+    """An unfinished training may lie there; anything else is not overwritten."""
+    unfinished = (output / ".work").is_dir()
+    if output.exists() and not unfinished and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already: choose another folder, or remove it")
 
 
 def _layer(layer: str) -> Any:
@@ -234,9 +254,6 @@ def _train(
     from selfreg.utils.trainer import StepProgress, last_whole_checkpoint
 
     work = output / ".work"
-    # An unfinished training of this command lies there; anything else is not overwritten.
-    if output.exists() and not work.is_dir() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already: choose another folder, or remove it")
     # Bad arguments are told before the hours that the hidden states take.
     SAETrainingArguments(str(work), report_to="none", **settings)
     held_out = texts[::_HELD_OUT]

@@ -231,7 +231,8 @@ _HUB_IDS = {
 
 def hub_id(name: str | None) -> str | None:
     """The Hub id of a backbone; None, with a warning, where a name is neither an id nor known."""
-    if name is None or "/" in name:
+    # package:<import name> is how this project names a backbone in a wheel.
+    if name is None or "/" in name or ":" in name:
         return name
     if re.fullmatch(r"pythia-[\w.]+(-deduped)?(-v0)?", name):
         return f"EleutherAI/{name}"

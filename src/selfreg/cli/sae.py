@@ -257,7 +257,9 @@ def _train(
     # Bad arguments are told before the hours that the hidden states take.
     SAETrainingArguments(str(work), report_to="none", **settings)
     held_out = texts[::_HELD_OUT]
-    kept = set(range(len(texts))) - set(range(0, len(texts), _HELD_OUT)) or {0}
+    kept = set(range(len(texts))) - set(range(0, len(texts), _HELD_OUT))
+    if not kept:
+        raise ValueError("there is one text only: none is left to measure on that training did not see; give more")
     store = extractor.extract([texts[i] for i in sorted(kept)], work / "train")
     measured = extractor.extract(held_out, work / "held-out")
     say(f"{store.num_tokens:,} tokens of {len(kept):,} texts; {measured.num_tokens:,} kept out")

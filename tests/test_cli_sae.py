@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,9 @@ def test_train_finetune_evaluate_convert(files: tuple[str, str], texts: list[str
     assert "32 features of width 16, topk, layer 1 of" in told.replace("\n", " ")
     assert "from SAELens topk" in told
     back = SAEForFeatureExtraction.from_pretrained(tmp_path / "back")
+    # All that says how the states were made came through, so that it can be used as it is.
+    assert back.config.hidden_state_spec() == sae.config.hidden_state_spec()
+    assert run("eval", str(tmp_path / "back"), path) == run("eval", str(tmp_path / "sae"), path)
     states = torch.randn(9, 16)
     torch.testing.assert_close(back.encode(states).to_dense(), sae.encode(states).to_dense(), rtol=1e-4, atol=1e-4)
 
@@ -71,8 +75,14 @@ def test_training_that_was_stopped_goes_on(
     assert stopped.exit_code != 0
     assert not (tmp_path / "sae" / "model.safetensors").exists()
     monkeypatch.undo()
+    # Of other settings: told, and not gone on from.
+    other = run("train", *settings, "-o", str(tmp_path / "other"), "--epochs", "1")
+    assert "goes on" not in other
+    shutil.copytree(tmp_path / "sae", tmp_path / "changed")
+    assert "starts anew" in run("train", *settings, "-o", str(tmp_path / "changed"), "--epochs", "1")
     again = run("train", *settings, "-o", str(tmp_path / "sae"), "--epochs", "12")
     assert again.splitlines()[-2] == whole.splitlines()[-2]
+    assert "goes on at step 200" in again
     a, b = (SAEForFeatureExtraction.from_pretrained(tmp_path / name).state_dict() for name in ("sae", "whole"))
     for name in a:
         assert torch.equal(a[name], b[name]), name
@@ -94,6 +104,48 @@ def test_mistakes_are_told(files: tuple[str, str], arguments: list[str], message
     result = runner.invoke(app, [*settings, *arguments])
     assert result.exit_code == 1
     assert message in result.stderr.replace("\n", " ")
+
+
+def test_an_option_that_contradicts_the_sae_is_refused(files: tuple[str, str], tmp_path: Path) -> None:
+    model, path = files
+    run("train", path, "--model", model, "--layer", "1", "-o", str(tmp_path / "sae"), "--features", "32", "--k", "4")
+    assert "FVU" in run("eval", str(tmp_path / "sae"), path, "--layer", "1", "--model", model)
+    for option, value in {"--layer": "2", "--model": "another/model"}.items():
+        result = runner.invoke(app, ["sae", "eval", str(tmp_path / "sae"), path, option, value])
+        assert result.exit_code == 1
+        assert f"{option} says" in result.stderr.replace("\n", " ")
+
+
+def test_what_is_odd_is_told(files: tuple[str, str], tmp_path: Path) -> None:
+    rows = [{"text": "the patient has a fever"}, {"text": None}, {"text": " "}, {"text": "she is ill"}]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [str(tmp_path / "few.jsonl"), "--model", files[0], "--layer", "1", "-o", str(tmp_path / "sae")]
+    result = runner.invoke(app, ["sae", "train", *settings, "--features", "64", "--k", "4"])
+    assert result.exit_code == 0
+    assert "2 of 4 rows hold no text" in result.stdout
+    assert "fewer tokens than features (64)" in result.stderr.replace("\n", " ")
+    # One text to train on and one to measure on; one alone can't be both.
+    rows = rows[:3]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings[-1] = str(tmp_path / "one")
+    result = runner.invoke(app, ["sae", "train", *settings, "--features", "64", "--k", "4"])
+    assert result.exit_code == 1
+    assert "there is one text only" in result.stderr
+
+
+def test_an_activation_far_from_k_is_told(files: tuple[str, str], tmp_path: Path) -> None:
+    model, path = files
+    settings = [path, "--model", model, "--layer", "1", "-o", str(tmp_path / "sae"), "--features", "32", "--k", "4"]
+    result = runner.invoke(app, ["sae", "train", *settings, "--activation", "relu", "--epochs", "0.5"])
+    assert result.exit_code == 0
+    assert "k=4 were asked for" in result.stderr.replace("\n", " ")
+
+
+def test_kinds_that_saelens_has_otherwise_are_told(files: tuple[str, str], tmp_path: Path) -> None:
+    model, path = files
+    settings = [path, "--model", model, "--layer", "1", "-o", str(tmp_path / "sae"), "--features", "32", "--k", "4"]
+    run("train", *settings, "--activation", "batch_topk")
+    assert "batch_topk as jumprelu" in run("convert", str(tmp_path / "sae"), str(tmp_path / "lens"), "--to", "saelens")
 
 
 def test_an_empty_file_is_told(files: tuple[str, str], tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from selfreg.activations.store import ActivationStore
 from selfreg.checks import check_recipe, check_sae_source
 from selfreg.data import TaskData, first_texts, load_task
 from selfreg.evaluation.report import ReportData, ReportFeature, write_report
-from selfreg.features.catalog import FeatureCatalog, sae_fingerprint
+from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
 from selfreg.features.judge import load_rubric
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.heads import Heads
 from selfreg.recipe import ChatRecipe, Recipe, RecipeError
+from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae_stages import SAEStages
 from selfreg.stages import Stages, again

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import set_seed
 
 from selfreg.activations.store import ActivationStore
-from selfreg.features.catalog import sae_fingerprint
 from selfreg.recipe import Recipe, SAERecipe
 from selfreg.sae.configuration import SAEConfig
+from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.sae.trainer import SAETrainer

@@ -436,6 +436,8 @@ def test_own_collator_of_a_tokenised_dataset_does_not_meet_pooled_states(
 
 def test_what_a_trainer_script_gets_wrong_is_named(frozen: HiddenStateExtractor, tmp_path: Path) -> None:
     model = make_classifier(frozen)
+    with pytest.raises(ValueError, match="labels: label 'ill' in row 1 is no class id; the model has labels 0 to 2"):
+        model.pooled_states(["a fever", "a cough"], [0, "ill"])
     with pytest.raises(ValueError, match="args must be RegularizedTrainingArguments, not TrainingArguments"):
         RegularizedTrainer(model=model, args=TrainingArguments(str(tmp_path)))  # type: ignore[arg-type]
     for label in (0.7, None, "ill"):

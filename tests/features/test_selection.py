@@ -7,9 +7,10 @@ from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction, UnintendedFeatures
-from selfreg.features.catalog import FeatureRecord, sae_fingerprint
+from selfreg.features.catalog import FeatureRecord
 from selfreg.features.selection import _attribute_reason, attribute_strength, keyword_near_peak, keyword_pattern
 from selfreg.features.spans import Span
+from selfreg.sae.fingerprint import sae_fingerprint
 
 
 @pytest.fixture
@@ -126,7 +127,9 @@ def test_keyword_at_or_just_before_the_peak(span: Span, hit: str | None) -> None
     assert keyword_near_peak(span, keyword_pattern(["she", "gentleman", "Mrs"])) == hit
 
 
-def test_from_keywords(sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor) -> None:
+def test_from_keywords(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, caplog: pytest.LogCaptureFixture
+) -> None:
     she, other = _span("", "She", " coughs"), _span("a ", "fever", " today")
     records = [FeatureRecord(i) for i in range(64)]
     records[3] = FeatureRecord(3, 0.1, 1.0, 1.0, [she, she, she])
@@ -138,6 +141,9 @@ def test_from_keywords(sae: SAEForFeatureExtraction, extractor: HiddenStateExtra
     assert chosen.feature_ids == [3, 9, 5]
     assert chosen.reasons[0] == "3 of 3 top spans peak on: she"
     assert UnintendedFeatures.from_keywords(sae, catalog, ["she"], max_features=1).feature_ids == [3]
+    assert not caplog.records
+    assert len(UnintendedFeatures.from_keywords(sae, catalog, ["xylophone"])) == 0
+    assert "no feature peaks on 'xylophone'" in caplog.text
     with pytest.raises(ValueError, match="no keywords"):
         UnintendedFeatures.from_keywords(sae, catalog, [" "])
 

@@ -23,7 +23,7 @@ from selfreg.activations.prompt import wrap_batch
 from selfreg.activations.store import ActivationStore
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.pooling import FeatureRows, pool_store, pool_texts, pool_tokens
-from selfreg.classifier.states import PooledStates
+from selfreg.classifier.states import PooledStates, class_ids
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.hub import UPLOAD_OPTIONS, upload_folder
@@ -294,9 +294,9 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             activations_of: features whose activations to note; the classifier's own if None.
 
         Raises:
-            ValueError: an empty text, or a store of other states.
+            ValueError: an empty text, a label that is no class id, or a store of other states.
         """
-        labels = torch.as_tensor(labels, dtype=torch.long)
+        labels = torch.tensor(class_ids(labels, self.score.out_features, "labels"), dtype=torch.long)
         rows = self._rows()
         if activations_of is not None:
             rows = rows._replace(

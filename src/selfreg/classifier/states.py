@@ -1,9 +1,10 @@
 """PooledStates: all that a frozen backbone has to say about a set of texts, computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,3 +45,20 @@ class PooledStates:
         """The rows `indices`."""
         rows = torch.as_tensor(indices)
         return replace(self, pooled=self.pooled[rows], activations=self.activations[rows], labels=self.labels[rows])
+
+
+def class_ids(labels: Iterable[Any], num_labels: int, name: str) -> list[int]:
+    """Labels as class ids; `name` is what the error calls them.
+
+    Raises:
+        ValueError: one is no whole number, or the model has no such label.
+    """
+    ids = []
+    for row, label in enumerate(labels):
+        is_id = isinstance(label, int | float | Tensor | np.generic) and float(label).is_integer()
+        if not is_id or not 0 <= int(label) < num_labels:
+            raise ValueError(
+                f"{name}: label {label!r} in row {row} is no class id; the model has labels 0 to {num_labels - 1}"
+            )
+        ids.append(int(label))
+    return ids

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +12,7 @@ from selfreg.activations.prompt import collate_prompts
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.regularizer import RegularizationMixin
-from selfreg.classifier.states import PooledStates
+from selfreg.classifier.states import PooledStates, class_ids
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.utils.progress import progress
 
@@ -228,14 +227,7 @@ def _check_dataset(dataset: Any, num_labels: int, name: str, *, training: bool) 
         raise ValueError(f"{name} needs a column 'text', 'input_ids' or 'pooled'; it has {', '.join(columns)}")
     if not {"label", "labels"} & set(columns):
         raise ValueError(f"{name} needs a column 'label' or 'labels'; it has {', '.join(columns)}")
-    labels = _labels_of(dataset)
-    for row, label in enumerate(labels):
-        is_id = isinstance(label, int | float | Tensor | np.generic) and float(label).is_integer()
-        if not is_id or not 0 <= int(label) < num_labels:
-            raise ValueError(
-                f"{name}: label {label!r} in row {row} is no class id; the model has labels 0 to {num_labels - 1}"
-            )
-    labels = [int(label) for label in labels]
+    labels = class_ids(_labels_of(dataset), num_labels, name)
     if training and len(set(labels)) < 2:
         raise ValueError(f"{name} holds one label only ({labels[0]}): there is nothing to tell apart")
     return labels

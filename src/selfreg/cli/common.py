@@ -13,8 +13,13 @@ console = Console()
 errors = Console(stderr=True)
 
 
-def setup_logging() -> None:
-    """Warnings of the project, and of nothing else, on stderr; SELFREG_LOG_LEVEL for more."""
+def setup() -> None:
+    """Of the project's own, and of nothing else, warnings on stderr (SELFREG_LOG_LEVEL for more) and progress bars."""
+    # Before the libraries that draw bars by themselves are imported: tqdm reads it then.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from selfreg.utils.progress import show_only_own_bars
+
+    show_only_own_bars()
     handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
     logging.getLogger("selfreg").addHandler(handler)
     logging.getLogger("selfreg").setLevel(os.environ.get("SELFREG_LOG_LEVEL", "WARNING").upper())
@@ -36,3 +41,9 @@ def clear_errors() -> Iterator[None]:
 def say(line: str) -> None:
     """A line as it is: a name or label may hold what rich takes for markup."""
     console.print(line, highlight=False, soft_wrap=True, emoji=False, markup=False)
+
+
+def warn(line: str) -> None:
+    """On stderr, as the warnings of the library are."""
+    errors.print("[bold yellow]warning[/bold yellow] ", end="")
+    errors.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)

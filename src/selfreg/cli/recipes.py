@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from selfreg.cli.common import clear_errors, console, say, setup_logging
+from selfreg.cli.common import clear_errors, console, say, setup
 
 _COLUMNS = {
     "accuracy": "accuracy",
@@ -67,12 +67,9 @@ def demo(
 
 
 def _run(recipe: Any) -> None:
-    from selfreg.run import run_recipe
-    from selfreg.utils.progress import show_only_own_bars
-
     started = time.perf_counter()
-    setup_logging()
-    show_only_own_bars()
+    setup()
+    from selfreg.run import run_recipe
 
     def tell(line: str) -> None:
         seconds = int(time.perf_counter() - started)

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from selfreg.cli.common import clear_errors, say, setup_logging
+from selfreg.cli.common import clear_errors, say, setup, warn
 
 if TYPE_CHECKING:
     from selfreg.activations.extractor import HiddenStateExtractor
     from selfreg.activations.store import ActivationStore
     from selfreg.sae.modeling import SAEForFeatureExtraction
+    from selfreg.sae.statistics import SAEStatistics
 
 app = typer.Typer(
     help="Sparse autoencoders: train one on your backbone, or take another library's.",
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Texts = Annotated[str, typer.Argument(help="A .jsonl, .csv or .parquet (also .xz), or a data set on the Hub.")]
+Texts = Annotated[str, typer.Argument(help="A .jsonl, .json, .csv or .parquet (also .xz), or a data set on the Hub.")]
 Column = Annotated[str, typer.Option(help="Column of the texts.")]
 Split = Annotated[str, typer.Option(help="Split of a data set, or a slice of a file: train[:80%].")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the SAE.")]
@@ -29,7 +30,12 @@ Subfolder = Annotated[str, typer.Option(help="Which SAE of a repo that holds man
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repo.")]
 Model = Annotated[str | None, typer.Option(help="Backbone of the SAE, where the SAE does not say.")]
 LayerOption = Annotated[str | None, typer.Option(help="Layer of the SAE, where the SAE does not say.")]
+BatchSize = Annotated[int, typer.Option(help="Hidden states of a batch.", min=2)]
+Epochs = Annotated[float, typer.Option(help="Passes over the hidden states.", min=0.001)]
+Seed = Annotated[int, typer.Option(help="Of the SAE's first weights and the order of the states.")]
 
+_SAVE_STEPS = 50
+_FAR_FROM_K = 0.25
 _HELD_OUT = 20
 """One text of so many is kept out of training, for the figures at the end."""
 
@@ -45,46 +51,37 @@ def train(
     activation: Annotated[
         Literal["topk", "batch_topk", "jumprelu", "relu"], typer.Option(help="How the active features are chosen.")
     ] = "topk",
-    epochs: Annotated[float, typer.Option(help="Passes over the hidden states.", min=0.001)] = 3,
+    epochs: Epochs = 3,
     learning_rate: Annotated[float | None, typer.Option(help="Chosen by the width, if left out.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Hidden states of a batch.", min=2)] = 2048,
+    batch_size: BatchSize = 2048,
     max_length: Annotated[int, typer.Option(help="Tokens of a text.", min=1)] = 128,
     max_tokens: MaxTokens = None,
     column: Column = "text",
     split: Split = "train",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train an SAE on a backbone's hidden states of your texts.
 
     Started again after a kill it goes on where it was. At the end: FVU (fraction of variance unexplained), L0 (active
     features of a state) and the share of dead features, on every twentieth text, which training does not see.
     """
-    from selfreg.activations.extractor import HiddenStateExtractor
-    from selfreg.sae.configuration import SAEConfig
-    from selfreg.sae.modeling import SAEForFeatureExtraction
-
     with clear_errors():
-        _setup()
+        setup()
+        from transformers import set_seed
+
+        from selfreg.activations.extractor import HiddenStateExtractor
+        from selfreg.sae.configuration import SAEConfig
+        from selfreg.sae.modeling import SAEForFeatureExtraction
+
         # Before the hours that it takes to come to it.
         SAEConfig(num_features=features, k=k, activation=activation)
         _check_output(output)
         found = _read(texts, column, split, max_tokens, max_length)
         extractor = HiddenStateExtractor.from_pretrained(model, layer=_layer(layer), max_length=max_length)
-        from transformers import set_seed
-
         set_seed(seed)
         config = SAEConfig(hidden_size=extractor.hidden_size, num_features=features, k=k, activation=activation)
-        _train(
-            SAEForFeatureExtraction(config),
-            extractor,
-            found,
-            output,
-            objective="pretrain",
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
-            seed=seed,
-        )
+        sae = SAEForFeatureExtraction(config)
+        _train(sae, extractor, found, output, "pretrain", epochs, learning_rate, batch_size, seed)
 
 
 @app.command()
@@ -92,9 +89,9 @@ def finetune(
     source: Source,
     texts: Texts,
     output: Output,
-    epochs: Annotated[float, typer.Option(help="Passes over the hidden states.", min=0.001)] = 5,
+    epochs: Epochs = 5,
     learning_rate: Annotated[float, typer.Option()] = 5e-5,
-    batch_size: Annotated[int, typer.Option(help="Hidden states of a batch.", min=2)] = 2048,
+    batch_size: BatchSize = 2048,
     max_tokens: MaxTokens = None,
     column: Column = "text",
     split: Split = "train",
@@ -102,28 +99,16 @@ def finetune(
     revision: Revision = None,
     model: Model = None,
     layer: LayerOption = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Fine-tune an SAE on the texts of a task, so that features that are dead there learn what was missed."""
     with clear_errors():
-        _setup()
+        setup()
         _check_output(output)
         sae = _load(source, subfolder, revision, model, layer)
         extractor = _extractor(sae)
-        from transformers import set_seed
-
-        set_seed(seed)
-        _train(
-            sae,
-            extractor,
-            _read(texts, column, split, max_tokens, extractor.spec.max_length),
-            output,
-            objective="finetune",
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=batch_size,
-            seed=seed,
-        )
+        found = _read(texts, column, split, max_tokens, extractor.spec.max_length)
+        _train(sae, extractor, found, output, "finetune", epochs, learning_rate, batch_size, seed)
 
 
 @app.command(name="eval")
@@ -142,7 +127,7 @@ def evaluate(
     import tempfile
 
     with clear_errors():
-        _setup()
+        setup()
         sae = _load(source, subfolder, revision, model, layer)
         extractor = _extractor(sae)
         found = _read(texts, column, split, max_tokens, extractor.spec.max_length)
@@ -169,7 +154,7 @@ def convert(
     authors. Normalisation and thresholds are converted; what is not known is refused by name.
     """
     with clear_errors():
-        _setup()
+        setup()
         _check_output(output)
         sae = _load(source, subfolder, revision, model, layer)
         if to == "saelens":
@@ -177,24 +162,19 @@ def convert(
 
             write(sae, output)
         else:
-            _save(sae, output)
+            from selfreg.utils.files import atomic_folder
+
+            with atomic_folder(output) as temporary:
+                sae.save_pretrained(temporary)
         config = sae.config
-        where = (
-            ""
-            if config.layer is None
-            else f", layer {config.layer} of {config.base_model_name_or_path or 'an unnamed backbone'}"
-        )
+        backbone = config.base_model_name_or_path or "an unnamed backbone"
+        where = "" if config.layer is None else f", layer {config.layer} of {backbone}"
         say(
-            f"{output}  {config.num_features} features of width {config.hidden_size}, {config.activation}"
-            f"{where}, from {config.converted_from or 'selfreg'}"
+            f"{output}  {config.num_features} features of width {config.hidden_size}, {config.activation}{where}, "
+            f"from {config.converted_from or 'selfreg'}"
         )
-
-
-def _setup() -> None:
-    from selfreg.utils.progress import show_only_own_bars
-
-    setup_logging()
-    show_only_own_bars()
+        if to == "saelens" and (config.activation == "batch_topk" or config.prefixes):
+            say("written as SAELens has it in inference: batch_topk as jumprelu, and without prefixes")
 
 
 def _check_output(output: Path) -> None:
@@ -221,7 +201,9 @@ def _read(source: str, column: str, split: str, max_tokens: int | None, max_leng
         raise ValueError(f"{source} has no column {column!r}; it has {', '.join(rows[0])}")
     texts = [row[column] for row in rows if isinstance(row[column], str) and row[column].strip()]
     if not texts:
-        raise ValueError(f"{source} holds no text in column {column!r}")
+        raise ValueError(f"{source} holds no text in column {column!r}: row 0 has {rows[0][column]!r}")
+    if len(texts) < len(rows):
+        say(f"{len(rows) - len(texts)} of {len(rows)} rows hold no text in column {column!r} and are left out")
     return first_texts(texts, max_tokens, max_length)
 
 
@@ -230,70 +212,114 @@ def _load(
 ) -> "SAEForFeatureExtraction":
     from selfreg.sae.modeling import SAEForFeatureExtraction
 
-    said: dict[str, Any] = {} if model is None else {"base_model_name_or_path": model}
-    if layer is not None:
-        said["layer"] = _layer(layer)
-    return SAEForFeatureExtraction.from_pretrained(source, subfolder=subfolder, revision=revision, **said)
+    sae = SAEForFeatureExtraction.from_pretrained(source, subfolder=subfolder, revision=revision)
+    given = {"base_model_name_or_path": model, "layer": None if layer is None else _layer(layer)}
+    for name, value in given.items():
+        known = getattr(sae.config, name)
+        if value is not None and known not in (None, value):
+            option = {"base_model_name_or_path": "--model", "layer": "--layer"}[name]
+            raise ValueError(f"{source} is of {name}={known!r}, {option} says {value!r}: leave the option out")
+        if value is not None:
+            setattr(sae.config, name, value)
+    return sae
 
 
 def _extractor(sae: "SAEForFeatureExtraction") -> "HiddenStateExtractor":
     from selfreg.activations.extractor import HiddenStateExtractor
 
-    if sae.config.hidden_state_spec() is None:
-        raise ValueError("the SAE does not name its backbone and layer: give --model and --layer")
-    return HiddenStateExtractor.from_sae(sae)
+    config = sae.config
+    missing = [
+        option
+        for option, value in {"--model": config.base_model_name_or_path, "--layer": config.layer}.items()
+        if value is None
+    ]
+    if missing:
+        raise ValueError(f"the SAE does not say its backbone or layer: give {' and '.join(missing)}")
+    extractor = HiddenStateExtractor.from_sae(sae)
+    # What the SAE left open, such as the file of a backbone that is one GGUF file, is now known.
+    if config.base_model_gguf_file is None:
+        config.base_model_gguf_file = extractor.spec.gguf_file
+    return extractor
 
 
 def _train(
-    sae: "SAEForFeatureExtraction", extractor: "HiddenStateExtractor", texts: list[str], output: Path, **settings: Any
+    sae: "SAEForFeatureExtraction",
+    extractor: "HiddenStateExtractor",
+    texts: list[str],
+    output: Path,
+    objective: str,
+    epochs: float,
+    learning_rate: float | None,
+    batch_size: int,
+    seed: int,
 ) -> None:
-    from selfreg.features.catalog import sae_fingerprint
+    from selfreg.sae.fingerprint import sae_fingerprint
     from selfreg.sae.trainer import SAETrainer
     from selfreg.sae.training_args import SAETrainingArguments
     from selfreg.utils.files import fingerprint_json
     from selfreg.utils.trainer import StepProgress, last_whole_checkpoint
 
     work = output / ".work"
+    settings: dict[str, Any] = {
+        "objective": objective,
+        "num_train_epochs": epochs,
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": batch_size,
+        "seed": seed,
+    }
     # Bad arguments are told before the hours that the hidden states take.
     SAETrainingArguments(str(work), report_to="none", **settings)
     held_out = texts[::_HELD_OUT]
-    kept = set(range(len(texts))) - set(range(0, len(texts), _HELD_OUT))
+    kept = [text for number, text in enumerate(texts) if number % _HELD_OUT]
     if not kept:
         raise ValueError("there is one text only: none is left to measure on that training did not see; give more")
-    store = extractor.extract([texts[i] for i in sorted(kept)], work / "train")
+    store = extractor.extract(kept, work / "train")
     measured = extractor.extract(held_out, work / "held-out")
-    say(f"{store.num_tokens:,} tokens of {len(kept):,} texts; {measured.num_tokens:,} kept out")
+    say(
+        f"{store.num_tokens:,} tokens of {len(kept):,} texts to train on; {measured.num_tokens:,} tokens of "
+        f"{len(held_out):,} held out for the figures"
+    )
+    if store.num_tokens < sae.config.num_features:
+        warn(f"fewer tokens than features ({sae.config.num_features:,}): give more texts, or take fewer features")
+    if objective == "finetune":
+        _tell_figures(sae, measured, "the held-out texts, before")
     # Unfinished training is found again by all that it depends on.
     key = fingerprint_json([settings, sae_fingerprint(sae), store.text_fingerprint])[:16]
     checkpoints = work / f"training-{key}"
     arguments = SAETrainingArguments(
         str(checkpoints),
         save_strategy="steps",
-        save_steps=200,
+        save_steps=_SAVE_STEPS,
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         **settings,
     )
-    progress = StepProgress(f"SAE, {settings['objective']}")
-    trainer = SAETrainer(sae, arguments, train_dataset=store, callbacks=[progress])
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
-    # Not atomic_folder: what a later start goes on from lies in the same folder until all is done.
-    sae.save_pretrained(output)
-    _tell_figures(sae, measured, "texts that it was not trained on")
+    trainer = SAETrainer(sae, arguments, train_dataset=store, callbacks=[StepProgress(f"SAE, {objective}")])
+    unfinished = last_whole_checkpoint(checkpoints)
+    if unfinished is not None:
+        say(f"goes on at step {unfinished.rpartition('-')[2]}")
+    elif any(work.glob("training-*/checkpoint-*")):
+        say("starts anew: the unfinished training there is of other settings or texts")
+    trainer.train(resume_from_checkpoint=unfinished)
+    figures = _tell_figures(sae, measured, "the held-out texts")
+    k = sae.config.k
+    if abs(figures.l0 / k - 1) > _FAR_FROM_K:
+        warn(f"{figures.l0:.1f} features are active in a state, k={k} were asked for: train for more epochs")
+    # Whole in one rename a file, the one that names it an SAE last: what is gone on from lies in the same folder.
+    sae.save_pretrained(work / "sae")
+    for file in sorted((work / "sae").iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(output / file.name)
     shutil.rmtree(work, ignore_errors=True)
     say(f"{output}")
 
 
-def _save(sae: "SAEForFeatureExtraction", folder: Path) -> None:
-    from selfreg.utils.files import atomic_folder
-
-    with atomic_folder(folder) as temporary:
-        sae.save_pretrained(temporary)
-
-
-def _tell_figures(sae: "SAEForFeatureExtraction", store: "ActivationStore", what: str) -> None:
+def _tell_figures(sae: "SAEForFeatureExtraction", store: "ActivationStore", what: str) -> "SAEStatistics":
     from selfreg.sae.statistics import evaluate_sae
 
     figures = evaluate_sae(sae, store)
-    say(f"FVU {figures.fvu:.4f}, L0 {figures.l0:.1f}, dead features {figures.dead_fraction:.2%}, on {what}")
+    say(
+        f"FVU {figures.fvu:.4f}, L0 {figures.l0:.1f}, dead features {figures.dead_fraction:.2%}, "
+        f"on {what} ({figures.num_states:,} tokens)"
+    )
+    return figures

@@ -150,6 +150,11 @@ class UnintendedFeatures:
             found.append((share * record.density * record.mean_activation, record.feature, reason))
         found.sort(key=lambda item: (-item[0], item[1]))
         chosen = found[:max_features]
+        if not chosen:
+            logger.warning(
+                "no feature peaks on %s or names it: a classifier with these is a plain one",
+                ", ".join(map(repr, keywords)),
+            )
         return cls.from_ids(sae, [item[1] for item in chosen], reasons=[item[2] for item in chosen])
 
     @classmethod

@@ -246,9 +246,8 @@ class SAEForFeatureExtraction(SAETrainingMixin, PreTrainedModel):
         error, energy = (flat - flat_hat).pow(2).sum(), flat.pow(2).sum()
         tiny = torch.finfo(x.dtype).tiny
         loss = (error if prefix_error is None else prefix_error) / energy.clamp_min(tiny)
-        l0 = (active.values.detach() > 0).sum(dim=-1).float().mean()
         if active.sparsity is not None:
-            loss = loss + self._penalty(active.sparsity, l0, k, sparsity_coefficient)
+            loss = loss + self._penalty(active.sparsity, active.l0, k, sparsity_coefficient)
         aux_loss = None
         if dead is not None and aux_coefficient > 0:
             # Zero, not an index error, where nothing is dead.
@@ -265,7 +264,7 @@ class SAEForFeatureExtraction(SAETrainingMixin, PreTrainedModel):
                 raw = hidden_states.reshape(-1, x.shape[-1]).to(x.dtype)
                 error, variance = (raw - reconstruction.view_as(raw)).pow(2).sum(), (raw - raw.mean(0)).pow(2).sum()
             fvu = error / variance.clamp_min(tiny)
-        return SAEOutput(loss, reconstruction, features, fvu, l0, aux_loss, sparsity=active.sparsity)
+        return SAEOutput(loss, reconstruction, features, fvu, active.l0, aux_loss, sparsity=active.sparsity)
 
     def residual_loss(self, x: Tensor, x_hat: Tensor, feature_ids: Tensor, k: int) -> Tensor:
         """Normalised squared error of the residual x - x̂ rebuilt from the features `feature_ids` alone, unrectified.
@@ -315,17 +314,17 @@ class SAEForFeatureExtraction(SAETrainingMixin, PreTrainedModel):
             # How many of the live features a prefix holds.
             weights, ends = weights.of(live_ids), torch.searchsorted(live_ids, ends)
         x_hat, active, prefix_error = self._autoencode(x, min(self.config.k, len(weights.W_enc)), weights, ends)
-        energy = x.pow(2).sum().clamp_min(torch.finfo(x.dtype).tiny)
-        live_loss = normalized_error(x, x_hat) if prefix_error is None else prefix_error / energy
-        l0 = (active.values.detach() > 0).sum(dim=-1).float().mean()
+        live_loss = normalized_error(x, x_hat)
+        if prefix_error is not None:
+            live_loss = prefix_error / x.pow(2).sum().clamp_min(torch.finfo(x.dtype).tiny)
         if active.sparsity is not None:
             # Without it, what is active would grow in number and buy a lower error.
-            live_loss = live_loss + self._penalty(active.sparsity, l0, self.config.k, sparsity_coefficient)
+            live_loss = live_loss + self._penalty(active.sparsity, active.l0, self.config.k, sparsity_coefficient)
         dead_loss = torch.zeros_like(live_loss)
         if len(dead_ids) and dead_weight > 0:
             dead_loss = self.residual_loss(x, x_hat.detach(), dead_ids, self.config.k)
         loss = live_loss + dead_weight * dead_loss
-        return SAEOutput(loss, l0=l0, aux_loss=dead_loss, live_loss=live_loss, sparsity=active.sparsity)
+        return SAEOutput(loss, l0=active.l0, aux_loss=dead_loss, live_loss=live_loss, sparsity=active.sparsity)
 
     @property
     def _weights(self) -> Weights:

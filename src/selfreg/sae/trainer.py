@@ -92,13 +92,12 @@ class SAETrainer(PartsTrainer):
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
         # An SAE that has been trained keeps the centring and scale that its weights are made for.
-        is_new = self.args.objective == "pretrain" and not self.model.is_normalized
-        if self.train_dataset is not None:
-            if is_new and not resume_from_checkpoint:
-                self._start_from_data()
-            elif self.model.config.converted_from and not self.model.mean.any() and self.model.scale == 1:
+        if self.train_dataset is not None and not self.model.is_normalized:
+            if self.model.config.converted_from:
                 # When resuming too: what it is resumed from was saved after it.
                 self._adopt()
+            elif self.args.objective == "pretrain" and not resume_from_checkpoint:
+                self._start_from_data()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(

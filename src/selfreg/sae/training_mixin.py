@@ -57,8 +57,8 @@ class SAETrainingMixin:
 
     @property
     def is_normalized(self) -> bool:
-        """Whether centring and scale are those that the weights are made for."""
-        return bool(self.config.converted_from or self.mean.any() or self.scale != 1)
+        """Whether centring and scale were set; a new SAE, and one of another library, takes raw states."""
+        return bool(self.mean.any() or self.scale != 1)
 
     @torch.no_grad()
     def start_from(self, hidden_states: Tensor, k: int) -> None:

@@ -47,6 +47,11 @@ class Active(NamedTuple):
     indices: Tensor
     sparsity: Tensor | None = None
 
+    @property
+    def l0(self) -> Tensor:
+        """Mean number of active features of a state, `[]`."""
+        return (self.values.detach() > 0).sum(dim=1).float().mean()
+
 
 class Activation(ABC):
     """Chooses the active features of states from the pre-activations `x @ W_enc.T + b_enc`."""
@@ -56,6 +61,26 @@ class Activation(ABC):
 
     penalty: Literal["none", "l1", "l0"] = "none"
     """What keeps active features few, where k does not choose them: a penalty on their sum, or on their number."""
+
+    @abstractmethod
+    def encode(self, x_ND: Tensor, weights: Weights, k: int) -> Active:
+        """The active features of centred, scaled states in training; differentiable."""
+
+    @abstractmethod
+    def autoencode(self, x_ND: Tensor, weights: Weights, k: int) -> tuple[Tensor, Active]:
+        """Likewise, with the reconstruction x̂ `[N, D]` before them."""
+
+    @abstractmethod
+    def select_in_inference(self, threshold: Tensor | None) -> Select:
+        """The choice in inference: in such a way that it is the same for a state whatever the batch."""
+
+    @torch.no_grad()  # noqa: B027
+    def start_from(self, x_ND: Tensor, weights: Weights, k: int) -> None:
+        """Before the first step, sets in place what should start where k features of these states are active."""
+
+
+class SelectingActivation(Activation):
+    """One whose choice in training needs the pre-activations alone: encoder and decoder can share one kernel."""
 
     @abstractmethod
     def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -70,26 +95,19 @@ class Activation(ABC):
             values `[N, K]`, none negative, and indices `[N, K]`; 0 where a place is not used.
         """
 
-    def select_in_inference(self, threshold: Tensor | None) -> Select:
-        """The choice in inference: in such a way that it is the same for a state whatever the batch."""
-        return self.select
+    def sparsity(self, values: Tensor, indices: Tensor, weights: Weights) -> Tensor | None:
+        """What is penalised, `[]`; None where nothing is."""
+        return None
 
     def encode(self, x_ND: Tensor, weights: Weights, k: int) -> Active:
-        """The active features of centred, scaled states in training; differentiable."""
         values, indices = sparse_encode(x_ND, weights.W_enc, weights.b_enc, weights.b_dec, k, select=self.select)
         return Active(values, indices, self.sparsity(values, indices, weights))
 
     def autoencode(self, x_ND: Tensor, weights: Weights, k: int) -> tuple[Tensor, Active]:
-        """Likewise, with the reconstruction x̂ `[N, D]` before them."""
         x_hat, values, indices = sparse_autoencode(
             x_ND, weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec, k, self.select
         )
         return x_hat, Active(values, indices, self.sparsity(values, indices, weights))
 
-    def sparsity(self, values: Tensor, indices: Tensor, weights: Weights) -> Tensor | None:
-        """What is penalised, `[]`; None where nothing is."""
-        return None
-
-    @torch.no_grad()  # noqa: B027
-    def start_from(self, x_ND: Tensor, weights: Weights, k: int) -> None:
-        """Before the first step, sets in place what should start where k features of these states are active."""
+    def select_in_inference(self, threshold: Tensor | None) -> Select:
+        return self.select

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from selfreg.sae.activation_fns.base import Activation
+from selfreg.sae.activation_fns.base import SelectingActivation
 from selfreg.sae.kernels import Select, above, select_active
 
 _FIRST = 2
 """Times k: how many of each state are looked at first. Few states have more, and those are looked at again."""
 
 
-class BatchTopK(Activation):
+class BatchTopK(SelectingActivation):
     """Training: a(h) = the k · N largest of ReLU(pre) over a batch. Inference: those above a threshold that training
     has followed."""
 

@@ -43,9 +43,6 @@ class JumpReLU(Activation):
     threshold = "learned"
     penalty = "l0"
 
-    def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("JumpReLU chooses by its thresholds: see encode and select_in_inference")
-
     def select_in_inference(self, threshold: Tensor | None) -> Select:
         assert threshold is not None
         return above(threshold.clamp_min(0))

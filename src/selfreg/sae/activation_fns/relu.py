@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from selfreg.sae.activation_fns.base import Activation, Weights
+from selfreg.sae.activation_fns.base import SelectingActivation, Weights
 from selfreg.sae.activation_fns.start import threshold_for
-from selfreg.sae.kernels import Select, select_above
+from selfreg.sae.kernels import select_above
 
 
-class ReLU(Activation):
+class ReLU(SelectingActivation):
     """a(h) = ReLU(pre), penalised by mean_n Σ_f a_f(h_n) ‖W_dec[f]‖ / D.
 
     With the length of the decoder direction, so that a long one with a small activation gains nothing.
@@ -18,9 +18,6 @@ class ReLU(Activation):
 
     def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, _k: int) -> tuple[Tensor, Tensor]:
         return select_above(x_ND, W_enc_FD, b_enc_F, x_ND.new_zeros(()))
-
-    def select_in_inference(self, threshold: Tensor | None) -> Select:
-        return self.select
 
     def sparsity(self, values: Tensor, indices: Tensor, weights: Weights) -> Tensor:
         norms = torch.linalg.vector_norm(weights.W_dec, dim=1)

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from selfreg.sae.activation_fns.base import Activation
+from selfreg.sae.activation_fns.base import SelectingActivation
 from selfreg.sae.kernels import select_active
 
 
-class TopK(Activation):
+class TopK(SelectingActivation):
     """a(h) = TopK(ReLU(pre)); the same in training and inference."""
 
     def select(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:

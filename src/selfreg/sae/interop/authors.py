@@ -8,11 +8,16 @@ from selfreg.sae.interop.base import Foreign, load_torch, refuse_unknown, take, 
 SUFFIX = ".pth"
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path, _name: str) -> Foreign:
     """
+    Args:
+        path: the file, or a folder with it alone.
+
     Raises:
         ValueError: it is not such a file.
     """
+    if path.is_dir():
+        path = next(path.glob(f"*{SUFFIX}"))
     found = load_torch(path)
     if not isinstance(found, dict) or set(found) != {"weight", "config"} or not isinstance(found["config"], dict):
         raise ValueError(f"{path} is not one of the paper's SAEs, which hold 'weight' and 'config'")

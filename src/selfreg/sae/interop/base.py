@@ -32,7 +32,8 @@ class Foreign:
         b_enc: `[F]`.
         b_dec: `[D]`.
         activation: as in `SAEConfig`.
-        k: features that are active, where it is known.
+        k: features that are active, where it is known. Where it is not, `SAEConfig` has its default, and training on
+            takes the number that is active (`SAETrainer`).
         threshold: `[]` (batch_topk) or `[F]` (jumprelu).
         settings: further entries of the configuration.
     """

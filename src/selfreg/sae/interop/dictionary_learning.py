@@ -21,7 +21,7 @@ _CLASSES = (
 )
 
 
-def read(folder: Path) -> Foreign:
+def read(folder: Path, _name: str) -> Foreign:
     """Features are those of the stored weights; `load_dictionary` there multiplies those of an `AutoEncoder` by the
     length of its decoder directions, where they are not of unit length.
 

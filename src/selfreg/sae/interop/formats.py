@@ -1,24 +1,41 @@
 """Which library wrote a folder, and which SAEs lie in it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
+from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.interop import authors, dictionary_learning, gemma_scope, saelens, sentence_transformers, sparsify
 from selfreg.sae.interop.base import Foreign, read_config
 
 OWN = "selfreg"
-FORMATS: dict[str, tuple[str, ...]] = {
-    OWN: ("config.json", "model.safetensors"),
-    "SAELens": (saelens.CONFIG, saelens.WEIGHTS),
-    "sparsify": (sparsify.CONFIG, sparsify.WEIGHTS),
-    "Gemma Scope": (gemma_scope.WEIGHTS,),
-    "dictionary_learning": (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
-    "sentence-transformers": (sentence_transformers.CONFIG, sentence_transformers.WEIGHTS),
-    "the paper's authors": (f"*{authors.SUFFIX}",),
+OWN_FILES = ("config.json", "model.safetensors")
+
+Reader = Callable[[Path, str], Foreign]
+"""A folder (or a file that is a whole SAE) and where it comes from, which some formats are read from."""
+
+
+class Format(NamedTuple):
+    """The files by which a library's folders are known, and what reads them."""
+
+    files: tuple[str, ...]
+    read: Reader
+
+
+FORMATS: dict[str, Format] = {
+    "SAELens": Format((saelens.CONFIG, saelens.WEIGHTS), saelens.read),
+    "sparsify": Format((sparsify.CONFIG, sparsify.WEIGHTS), sparsify.read),
+    "Gemma Scope": Format((gemma_scope.WEIGHTS,), gemma_scope.read),
+    "dictionary_learning": Format((dictionary_learning.CONFIG, dictionary_learning.WEIGHTS), dictionary_learning.read),
+    "sentence-transformers": Format(
+        (sentence_transformers.CONFIG, sentence_transformers.WEIGHTS), sentence_transformers.read
+    ),
+    "the paper's authors": Format((f"*{authors.SUFFIX}",), authors.read),
 }
-"""Library -> the files by which its folders are known."""
+"""By library. Two of them are told apart from our own and from any other model by what their config.json holds."""
+
+_BY_CONFIG = ("sentence-transformers",)
 
 FILE_SUFFIXES = (authors.SUFFIX,)
 """Of files that are a whole SAE."""
@@ -35,19 +52,17 @@ def find_format(path: Path, name: str | None = None) -> str:
     if path.is_file():
         if path.suffix == authors.SUFFIX:
             return "the paper's authors"
-        if any(path.name in files for files in FORMATS.values()):
+        if any(path.name in files for files in (OWN_FILES, *(known.files for known in FORMATS.values()))):
             return find_format(path.parent, name)
         raise ValueError(f"{path} is not a file that is known here: {_known()}")
     names = {entry.name for entry in path.iterdir()}
-    for kind in ("SAELens", "sparsify", "Gemma Scope", "dictionary_learning"):
-        if set(FORMATS[kind]) <= names:
-            return kind
+    kind = format_of_files(names)
+    if kind is not None:
+        return kind
     if "config.json" in names:
-        config = read_config(path / "config.json")
-        if config.get("model_type") == "sparse_autoencoder":
-            return OWN
-        if sentence_transformers.is_config(config):
-            return "sentence-transformers"
+        kind = format_of_config(read_config(path / "config.json"))
+        if kind is not None:
+            return kind
     checkpoints = sorted(name for name in names if name.endswith(authors.SUFFIX))
     if len(checkpoints) == 1:
         return "the paper's authors"
@@ -64,20 +79,21 @@ def read_foreign(path: Path, name: str) -> Foreign:
         name: where it comes from (repo and folder), which some formats are read from.
     """
     kind = find_format(path, name)
-    folder = path.parent if path.is_file() else path
-    if kind == "SAELens":
-        return saelens.read(folder)
-    if kind == "sparsify":
-        return sparsify.read(folder, name)
-    if kind == "Gemma Scope":
-        return gemma_scope.read(folder, name)
-    if kind == "dictionary_learning":
-        return dictionary_learning.read(folder)
-    if kind == "sentence-transformers":
-        return sentence_transformers.read(folder)
-    if kind == OWN:
-        raise ValueError(f"{path} is the project's own format")
-    return authors.read(path if path.is_file() else next(path.glob(f"*{authors.SUFFIX}")))
+    is_whole = path.suffix in FILE_SUFFIXES
+    return FORMATS[kind].read(path.parent if path.is_file() and not is_whole else path, name)
+
+
+def format_of_files(names: Collection[str]) -> str | None:
+    """The library whose files these are, where the names alone tell."""
+    known = (kind for kind, entry in FORMATS.items() if kind not in _BY_CONFIG and set(entry.files) <= set(names))
+    return next(known, None)
+
+
+def format_of_config(config: dict[str, Any]) -> str | None:
+    """Whose SAE a config.json is of; None for that of any other model."""
+    if config.get("model_type") == SAEConfig.model_type:
+        return OWN
+    return "sentence-transformers" if sentence_transformers.is_config(config) else None
 
 
 def list_saes(files: Iterable[str]) -> list[str]:
@@ -91,10 +107,13 @@ def list_saes(files: Iterable[str]) -> list[str]:
             single.setdefault(str(path.parent), []).append(file)
     # A file by itself may be named by its folder.
     found = {name for folder, names in single.items() for name in (names if len(names) > 1 else [folder])}
-    markers: list[Any] = [set(names) for names in FORMATS.values() if not names[0].startswith("*")]
-    # Weights in shards.
-    markers.append({"config.json", "model.safetensors.index.json"})
-    found |= {folder for folder, names in folders.items() if any(marker <= names for marker in markers)}
+    # Ours and sentence-transformers' look like any model of transformers, whose weights may lie in shards.
+    models = ({"config.json", "model.safetensors"}, {"config.json", "model.safetensors.index.json"})
+    found |= {
+        folder
+        for folder, names in folders.items()
+        if format_of_files(names) is not None or any(model <= names for model in models)
+    }
     return sorted(found, key=_natural)
 
 
@@ -109,10 +128,10 @@ def no_sae_message(where: str, saes: list[str]) -> str:
 
 
 def _known() -> str:
-    return "; ".join(f"{name} ({' + '.join(files)})" for name, files in FORMATS.items())
+    known = {OWN: OWN_FILES, **{name: entry.files for name, entry in FORMATS.items()}}
+    return "; ".join(f"{name} ({' + '.join(files)})" for name, files in known.items())
 
 
 def _natural(path: str) -> list[Any]:
     """layer_2 before layer_10."""
-
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path)]

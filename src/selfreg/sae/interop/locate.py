@@ -15,15 +15,24 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.interop import sentence_transformers
 from selfreg.sae.interop.base import read_config
-from selfreg.sae.interop.formats import FILE_SUFFIXES, FORMATS, OWN, find_format, list_saes, no_sae_message
+from selfreg.sae.interop.formats import (
+    FILE_SUFFIXES,
+    FORMATS,
+    OWN,
+    OWN_FILES,
+    find_format,
+    format_of_config,
+    format_of_files,
+    list_saes,
+    no_sae_message,
+)
 
 logger = logging.getLogger(__name__)
 
 _FILES = sorted(
-    {file for files in FORMATS.values() for file in files if "*" not in file}
+    {*OWN_FILES, *(file for entry in FORMATS.values() for file in entry.files if "*" not in file)}
     | {"activation_scaler.json", "model.safetensors.index.json", sentence_transformers.OLD_WEIGHTS}
 )
 
@@ -130,8 +139,7 @@ def _is_weights(name: str) -> bool:
 
 def _is_another_model(repo: str, names: dict[str, str], revision: str | None, token: Any) -> bool:
     """Whether a folder that has the files of any model of transformers holds no SAE."""
-    others = [set(files) for kind, files in FORMATS.items() if kind not in (OWN, "sentence-transformers")]
-    if "config.json" not in names or any(files <= set(names) for files in others):
+    if "config.json" not in names or format_of_files(names) is not None:
         return False
     config = read_config(Path(hf_hub_download(repo, names["config.json"], revision=revision, token=token)))
-    return config.get("model_type") != SAEConfig.model_type and not sentence_transformers.is_config(config)
+    return format_of_config(config) is None

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _SCALER = "activation_scaler.json"
+_OURS = "selfreg"
+_KEPT = (
+    *("base_model_name_or_path", "base_model_revision", "base_model_gguf_file"),
+    *("layer", "token_rule", "template", "max_length", "k"),
+)
+"""How the states were made, for which SAELens has no place of its own: kept in its metadata."""
+
 
 _MODEL_OPTIONS = frozenset(
     [
@@ -72,7 +79,7 @@ _NORMS = {"none": "none", "constant_norm_rescale": "rms", "layer_norm": "layer_n
 _ARCHITECTURES = ("standard", "gated", "topk", "jumprelu", "batchtopk", "matryoshka_batchtopk")
 
 
-def read(folder: Path) -> Foreign:
+def read(folder: Path, _name: str) -> Foreign:
     """An SAE of SAELens 3 to 6, saved for inference or in the middle of training.
 
     Raises:
@@ -193,12 +200,18 @@ def _provenance(foreign: Foreign, metadata: dict[str, Any]) -> None:
     foreign.settings["layer"] = residual_layer(hook)
     if hook is not None and foreign.settings["layer"] is None:
         logger.warning("%s is not the residual stream after a block: the SAE's layer is left open", hook)
+    # What `write` below has noted of our own.
+    ours = metadata.get(_OURS) or {}
+    foreign.settings |= {name: ours[name] for name in _KEPT if ours.get(name) is not None}
     if options := metadata.get("model_from_pretrained_kwargs"):
         logger.warning("the SAE was trained on states of a model that was loaded with %s", options)
 
 
 def write(sae: "SAEForFeatureExtraction", folder: Path) -> None:
-    """Writes what `SAE.load_from_disk` of SAELens reads.
+    """Writes what `SAE.load_from_disk` of SAELens reads, which gives the same features and reconstructions.
+
+    A batch_topk SAE becomes the jumprelu SAE that it is in inference, as SAELens itself saves its own; prefixes, which
+    only training knows, have no place there.
 
     Raises:
         ValueError: SAELens has nothing like it.
@@ -228,10 +241,11 @@ def write(sae: "SAEForFeatureExtraction", folder: Path) -> None:
         "normalize_activations": norms[config.input_norm],
         "reshape_activations": "none",
         "metadata": {
+            # Of the format: without it SAELens takes the configuration for one from before 6.
             "sae_lens_version": "6.0.0",
             "model_name": config.base_model_name_or_path,
             "hook_name": f"blocks.{layer}.hook_resid_post" if isinstance(layer, int) else None,
-            "written_by": f"selfreg {config.selfreg_version or ''}".strip(),
+            _OURS: {name: getattr(config, name) for name in _KEPT},
         },
     }
     if architecture == "topk":

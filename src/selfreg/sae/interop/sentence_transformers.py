@@ -24,7 +24,7 @@ def is_config(config: dict[str, Any]) -> bool:
     return {"input_dim", "hidden_dim", "k"} <= set(config)
 
 
-def read(folder: Path) -> Foreign:
+def read(folder: Path, _name: str) -> Foreign:
     """
     Raises:
         ValueError: an option that is not known.

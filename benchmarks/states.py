@@ -1,6 +1,7 @@
 """Hidden states that the SAE benchmarks share: SmolLM2-135M-Instruct, layer 15, texts of SELFREG_DATA."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 from selfreg import ActivationStore, HiddenStateExtractor
@@ -15,7 +16,14 @@ def data_path(name: str) -> str:
 
 def general_states(tokens: int, folder: Path) -> dict[str, ActivationStore]:
     """About `tokens` tokens of general text to train on, and an eighth as many of other texts to measure on."""
-    extractor = _extractor()
+    extractor = general_extractor()
+    texts = general_texts(tokens)
+    return {split: extractor.extract(texts[split], folder / f"{split}-{tokens}") for split in texts}
+
+
+def general_texts(tokens: int) -> dict[str, list[str]]:
+    """The texts of `general_states`."""
+    extractor = general_extractor()
     found = {}
     for split, wanted in (("train", tokens), ("test", tokens // 8)):
         texts = [row["text"] for row in load_rows(SplitRecipe(path=data_path(f"sae_text/{split}.jsonl.xz")))]
@@ -23,7 +31,7 @@ def general_states(tokens: int, folder: Path) -> dict[str, ActivationStore]:
         while total < wanted and count < len(texts):
             total += sum(end - start for _, start, end in extractor.tokenize(texts[count : count + 16]))
             count += 16
-        found[split] = extractor.extract(texts[:count], folder / f"{split}-{tokens}")
+        found[split] = texts[:count]
     return found
 
 
@@ -32,9 +40,11 @@ def task_states(folder: Path) -> dict[str, ActivationStore]:
     texts = [row["text"] for row in load_rows(SplitRecipe(path=data_path("diagnosis/symptom2disease.jsonl.xz")))]
     # Every fourth, since the file is sorted by disease.
     parts = {"train": [text for i, text in enumerate(texts) if i % 4], "test": texts[::4]}
-    extractor = _extractor()
+    extractor = general_extractor()
     return {split: extractor.extract(part, folder / f"task-{split}") for split, part in parts.items()}
 
 
-def _extractor() -> HiddenStateExtractor:
+@cache
+def general_extractor() -> HiddenStateExtractor:
+    """SmolLM2-135M-Instruct, from the wheel where it is installed, through layer 15."""
     return HiddenStateExtractor.from_pretrained(demo_backbone(), layer=15, max_length=128)

@@ -8,7 +8,7 @@ import torch
 
 from conftest import tiny_backbone, word_tokenizer
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction
-from selfreg.features.activations import largest_activations, text_maxima
+from selfreg.features.activations import largest_activations
 from selfreg.features.chat import Choice, Conversation
 from selfreg.sae.configuration import ACTIVATION_NAMES
 
@@ -174,21 +174,6 @@ def test_what_does_not_fit_is_refused(
     other = HiddenStateExtractor(tiny_backbone(), word_tokenizer(), layer=2, name="tiny")
     with pytest.raises(ValueError, match="layer is 1 in the SAE and 2 in the extractor"):
         FeatureCatalog.build(sae, other, texts)
-
-
-def test_text_maxima_by_hand() -> None:
-    from selfreg.activations.store import StoreShard
-
-    shard = StoreShard(4, 6, torch.zeros(3, 2), torch.tensor([4, 4, 5]), torch.arange(3), torch.arange(3))
-    values = torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, 0.5]])
-    indices = torch.tensor([[0, 1], [0, 1], [1, 2]])
-    texts, features, maxima, rows = text_maxima(shard, values, indices, 3)
-    assert list(zip(texts.tolist(), features.tolist(), maxima.tolist(), rows.tolist(), strict=True)) == [
-        (4, 0, 3.0, 1),
-        (4, 1, 2.0, 0),
-        (5, 1, 5.0, 2),
-        (5, 2, 0.5, 2),
-    ]
 
 
 def test_saving_leaves_other_files_alone_and_a_mixture_is_found_out(

@@ -7,7 +7,7 @@ from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction, UnintendedFeatures
-from selfreg.features.catalog import FeatureRecord
+from selfreg.features.records import FeatureRecord
 from selfreg.features.selection import _attribute_reason, attribute_strength, keyword_near_peak, keyword_pattern
 from selfreg.features.spans import Span
 from selfreg.sae.fingerprint import sae_fingerprint

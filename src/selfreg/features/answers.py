@@ -13,7 +13,8 @@ from selfreg.utils.files import fingerprint_json
 from selfreg.utils.progress import progress
 
 if TYPE_CHECKING:
-    from selfreg.features.catalog import FeatureCatalog, FeatureRecord
+    from selfreg.features.catalog import FeatureCatalog
+    from selfreg.features.records import FeatureRecord
 
 
 class Journal:

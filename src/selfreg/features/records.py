@@ -107,10 +107,10 @@ class FeatureRecord:
     density: float = 0.0
     mean_activation: float = 0.0
     max_activation: float = 0.0
+    spans: list[Span] = field(default_factory=list)
     num_texts: int = 0
     label_shares: dict[str, float] = field(default_factory=dict)
     group_shares: dict[str, float] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
     quantile_spans: list[list[Span]] = field(default_factory=list)
     near_misses: list[Span] = field(default_factory=list)
     silent_spans: list[Span] = field(default_factory=list)

@@ -1,128 +1,135 @@
-"""Fills a catalogue with a chat model's answers, each on disk as soon as it is there."""
+"""Fills a catalogue with chat models' answers: explanations, their scores, and votes."""
 
-import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from selfreg.features.answer_cache import AnswerCache, CachingChatModel, cached
 from selfreg.features.chat import ChatModel
+from selfreg.features.decisions import check_features, with_vote
 from selfreg.features.explainer import Explanation, explain_features
-from selfreg.features.judge import Verdict, judge_features, load_rubric
-from selfreg.utils.files import fingerprint_json
+from selfreg.features.judge import judge_features
+from selfreg.features.probe import probe_scores
+from selfreg.features.records import FeatureRecord, Score, Vote
+from selfreg.features.rubric import Rubric
+from selfreg.features.scoring import detection_scores, fuzzing_scores
 from selfreg.utils.progress import progress
 
 if TYPE_CHECKING:
     from selfreg.features.catalog import FeatureCatalog
-    from selfreg.features.records import FeatureRecord
+
+CachePath = str | os.PathLike[str] | None
 
 
-class Journal:
-    """Answers, a line each, appended at once and found again by all that they depend on.
-
-    Args:
-        path: the file; None keeps nothing.
-    """
-
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self.path = Path(path) if path is not None else None
-        self.answers: dict[str, dict[str, Any]] = {}
-        if self.path is None or not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                # The last line of a process that was killed while writing it; the answer is asked for again.
-                continue
-            self.answers[entry["key"]] = entry["answer"]
-
-    def add(self, key: str, answer: dict[str, Any]) -> None:
-        """Keeps an answer."""
-        self.answers[key] = answer
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A leading newline keeps a line that was cut short by a kill from swallowing this one.
-        with self.path.open("a", encoding="utf8") as file:
-            file.write("\n" + json.dumps({"key": key, "answer": answer}, ensure_ascii=False))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _chosen(catalog: "FeatureCatalog", features: Sequence[int] | None) -> "list[FeatureRecord]":
+def _chosen(catalog: "FeatureCatalog", features: Sequence[int] | None) -> list[FeatureRecord]:
     if features is None:
         return list(catalog)
-    unknown = [feature for feature in features if not 0 <= feature < len(catalog)]
-    if unknown:
-        raise ValueError(f"features {unknown[:10]} are not there: the catalogue has 0 to {len(catalog) - 1}")
+    check_features(features, len(catalog), "features")
     return [catalog[feature] for feature in dict.fromkeys(features)]
 
 
+def _with_cache(chat: ChatModel, path: CachePath) -> ChatModel:
+    return chat if path is None else cached(chat, AnswerCache(path))
+
+
+def _status(chat: ChatModel) -> Callable[[], str] | None:
+    """What is shown beside a bar: only models that count what they are asked can tell."""
+    return chat.usage.watch() if isinstance(chat, CachingChatModel) else None
+
+
 def explain_catalog(
-    catalog: "FeatureCatalog",
-    chat: ChatModel,
-    features: Sequence[int] | None,
-    path: str | os.PathLike[str] | None,
+    catalog: "FeatureCatalog", chat: ChatModel, features: Sequence[int] | None, cache: CachePath
 ) -> None:
     """See `FeatureCatalog.explain`."""
     wanted = [record for record in _chosen(catalog, features) if record.spans]
-    journal = Journal(path)
-    keys = {r.feature: fingerprint_json([chat.name, [span.marked() for span in r.spans]]) for r in wanted}
+    chat = _with_cache(chat, cache)
 
     def keep(feature: int, explanation: Explanation) -> None:
-        answer = {"explanation": explanation.text, "explanation_verdict": explanation.verdict}
-        journal.add(keys[feature], answer)
-        # At once: without a journal this is all that is left of the answers if the next call fails.
-        catalog.update(feature, **answer)
-        advance(1)
+        # Scores and votes are of the explanation that they were given for.
+        changed = explanation.text != catalog[feature].explanation
+        outdated = {"scores": {}, "votes": [vote for vote in catalog[feature].votes if vote.person]}
+        catalog.update(
+            feature,
+            explanation=explanation.text,
+            explanation_verdict=explanation.verdict,
+            explained_by=chat.name,
+            **(outdated if changed else {}),
+        )
 
-    missing = {record.feature: record.spans for record in wanted if keys[record.feature] not in journal.answers}
-    for record in wanted:
-        if record.feature not in missing:
-            catalog.update(record.feature, **journal.answers[keys[record.feature]])
-    with progress("explanations", len(wanted), "features", done=len(wanted) - len(missing)) as advance:
-        explain_features(chat, missing, on_result=keep)
+    with progress("explanations", len(wanted), "features", status=_status(chat)) as advance:
+        explain_features(
+            chat,
+            {record.feature: record.spans for record in wanted},
+            near_misses={record.feature: record.near_misses for record in wanted},
+            progress=advance,
+            on_result=keep,
+        )
+
+
+def score_catalog(
+    catalog: "FeatureCatalog",
+    chat: ChatModel | None,
+    features: Sequence[int] | None,
+    cache: CachePath,
+    max_examples: int,
+) -> None:
+    """See `FeatureCatalog.score`."""
+    wanted = [record for record in _chosen(catalog, features) if record.explanation is not None]
+    if not wanted:
+        raise ValueError("no feature has an explanation that could be scored: call explain first")
+
+    def keep(name: str, feature: int, score: Score) -> None:
+        catalog.update(feature, scores={**catalog[feature].scores, name: score})
+
+    for feature, score in probe_scores(wanted).items():
+        keep("probe", feature, score)
+    if chat is None:
+        return
+    chat = _with_cache(chat, cache)
+    for name, ask in (("detection", detection_scores), ("fuzzing", fuzzing_scores)):
+        with progress(f"{name} scores", len(wanted), "features", status=_status(chat)) as advance:
+            ask(
+                chat,
+                wanted,
+                max_examples=max_examples,
+                progress=advance,
+                on_result=lambda feature, score, name=name: keep(name, feature, score),
+            )
 
 
 def judge_catalog(
     catalog: "FeatureCatalog",
-    chat: ChatModel,
-    rubric: str,
+    chats: Sequence[ChatModel],
+    rubric: Rubric,
     features: Sequence[int] | None,
-    path: str | os.PathLike[str] | None,
+    cache: CachePath,
+    reasons: bool,
 ) -> None:
     """See `FeatureCatalog.judge`."""
-    rubric = load_rubric(rubric)
+    if not chats:
+        raise ValueError("no judge: give a chat model, or several that vote")
+    names = [chat.name for chat in chats]
+    if len(set(names)) < len(names):
+        raise ValueError(f"judges {names}: each needs a name of its own, since each has one vote")
     wanted = [record for record in _chosen(catalog, features) if record.explained]
     if not wanted:
         raise ValueError(
             "no feature has an explanation that describes its spans: call explain first; if it was called, the chat "
             "model found none, and a larger one, or features found by keywords or an attribute, may do better"
         )
-    journal = Journal(path)
-    keys = {
-        r.feature: fingerprint_json([chat.name, rubric, r.explanation, [span.marked() for span in r.spans]])
-        for r in wanted
-    }
 
-    def keep(feature: int, verdict: Verdict) -> None:
-        answer = {
-            "verdict": verdict.verdict,
-            "verdict_probabilities": dict(verdict.probabilities),
-            "decided_by": verdict.decided_by,
-        }
-        journal.add(keys[feature], answer)
-        catalog.update(feature, **answer)
-        advance(1)
+    def keep(feature: int, votes: Sequence[Vote]) -> None:
+        for vote in votes:
+            catalog.records[feature] = with_vote(catalog[feature], vote)
 
-    missing = {
-        record.feature: (record.explanation or "", record.spans)
-        for record in wanted
-        if keys[record.feature] not in journal.answers
-    }
-    for record in wanted:
-        if record.feature not in missing:
-            catalog.update(record.feature, **journal.answers[keys[record.feature]])
-    with progress("verdicts", len(wanted), "features", done=len(wanted) - len(missing)) as advance:
-        judge_features(chat, missing, rubric, on_result=keep)
+    for bare in chats:
+        chat = _with_cache(bare, cache)
+        with progress(f"verdicts of {chat.name}", len(wanted), "features", status=_status(chat)) as advance:
+            judge_features(
+                chat,
+                {record.feature: (record.explanation or "", record.spans) for record in wanted},
+                rubric,
+                reasons=reasons,
+                progress=advance,
+                on_result=keep,
+            )

@@ -14,10 +14,20 @@ from selfreg.activations.spec import HiddenStateSpec
 from selfreg.activations.store import ActivationStore
 from selfreg.features.chat import ChatModel
 from selfreg.features.collect import Evidence
+from selfreg.features.decisions import (
+    DecisionLog,
+    check_features,
+    check_verdict,
+    read_csv,
+    with_vote,
+    write_csv,
+)
 from selfreg.features.evidence import build_records
-from selfreg.features.records import FeatureRecord
+from selfreg.features.records import FeatureRecord, Vote, now
+from selfreg.features.rubric import Rubric
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.features.table import from_table, to_table
+from selfreg.features.votes import Agreement, agreement, split_votes
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.files import atomic_path, fingerprint_json, fingerprint_strings, read_json, write_json
@@ -60,6 +70,20 @@ class FeatureCatalog:
 
     def __iter__(self) -> Iterator[FeatureRecord]:
         return iter(self.records)
+
+    def __repr__(self) -> str:
+        alive, explained, judged = (
+            sum(map(test, self.records))
+            for test in (
+                lambda record: bool(record.spans),
+                lambda record: record.explained,
+                lambda record: record.verdict is not None,
+            )
+        )
+        return (
+            f"FeatureCatalog({len(self)} features of layer {self.spec.layer} of {self.spec.model!r}: {alive} active "
+            f"in {self.info.get('num_texts', 0):,} texts, {explained} explained, {judged} judged)"
+        )
 
     @classmethod
     def build(
@@ -136,43 +160,121 @@ class FeatureCatalog:
         chat: ChatModel,
         *,
         features: Sequence[int] | None = None,
-        journal: str | os.PathLike[str] | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         """Asks a chat model for a phrase for each feature that has spans, and whether the phrase describes them.
+
+        Where a feature gets another phrase than it had, its scores and the votes of models go: they were on the old
+        one.
 
         Args:
             chat: the explainer.
             features: which features; all that have spans if None.
-            journal: a file that every answer is appended to at once, so that a later call asks only what is missing.
+            cache: a file that every answer is appended to at once, so that a later call asks only what is missing.
         """
         from selfreg.features.answers import explain_catalog
 
-        explain_catalog(self, chat, features, journal)
+        explain_catalog(self, chat, features, cache)
+
+    def score(
+        self,
+        chat: ChatModel | None = None,
+        *,
+        features: Sequence[int] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        max_examples: int = 5,
+    ) -> None:
+        """Scores explanations by what they predict, on texts that the explainer was not shown.
+
+        Args:
+            chat: answers from the explanation alone which texts activate the feature (detection) and which of their
+                words does (fuzzing), `4 * max_examples` short questions a feature. None: only the score that needs no
+                chat model, a linear probe on the words of the explanation.
+            features: which features; all that have an explanation if None.
+            cache: as for `explain`.
+            max_examples: texts of each kind, activating and silent.
+
+        Raises:
+            ValueError: nothing is explained yet.
+        """
+        from selfreg.features.answers import score_catalog
+
+        score_catalog(self, chat, features, cache, max_examples)
 
     def judge(
         self,
-        chat: ChatModel,
-        rubric: str,
+        chat: ChatModel | Sequence[ChatModel],
+        rubric: Rubric | str | os.PathLike[str],
         *,
         features: Sequence[int] | None = None,
-        journal: str | os.PathLike[str] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        reasons: bool = True,
     ) -> None:
-        """Asks a chat model, for each explained feature, whether it is a legitimate reason for a label.
+        """Asks chat models, for each explained feature, whether it is a legitimate reason for a label, and why.
+
+        Every judge has a vote, and a new vote of a judge takes the place of its old one; see `settle` for what votes
+        come to. A person's vote (`decide`) outranks all of them.
 
         Args:
-            chat: the judge.
-            rubric: what is a legitimate reason: a text, or the path of a file.
+            chat: the judge, or several that vote.
+            rubric: what is a legitimate reason; see `Rubric.load`: a shipped one by name, a file, or a text.
             features: which features; all that are explained if None.
-            journal: as for `explain`.
+            cache: as for `explain`.
+            reasons: ask for a sentence that says why; about twice the calls.
         """
         from selfreg.features.answers import judge_catalog
 
-        judge_catalog(self, chat, rubric, features, journal)
+        chats = list(chat) if isinstance(chat, Sequence) else [chat]
+        judge_catalog(self, chats, Rubric.load(rubric), features, cache, reasons)
+
+    def decide(
+        self, feature: int, verdict: str, *, by: str, label: str | None = None, reason: str | None = None
+    ) -> None:
+        """A person's verdict on a feature. It outranks those of models; the same person's earlier one goes.
+
+        Args:
+            feature: its number.
+            verdict: Yes, Probably, Maybe or No: is it a legitimate reason?
+            by: who decides.
+            label: for which label; None: for all.
+            reason: a sentence.
+
+        Raises:
+            ValueError: there is no such feature or verdict, or `by` is empty.
+        """
+        check_features([feature], len(self), "decide")
+        if not by.strip():
+            raise ValueError("by is empty: a verdict needs somebody's name")
+        vote = Vote(by, check_verdict(verdict), reason=reason, label=label, person=True, at=now())
+        self.records[feature] = with_vote(self.records[feature], vote)
+
+    def split_votes(self) -> list[FeatureRecord]:
+        """The features that judges disagree on and no person has decided, the most evenly split first."""
+        return split_votes(self.records)
+
+    def agreement(self) -> list[Agreement]:
+        """Cohen's kappa of every two judges, models and persons, on what is legitimate."""
+        return agreement(self.records)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> int:
+        """Writes features with spans as a spreadsheet, with columns for a person's verdicts; gives how many."""
+        return write_csv(self.records, path)
+
+    def read_csv(self, path: str | os.PathLike[str], *, by: str) -> int:
+        """Takes a person's verdicts from a file that `to_csv` wrote; gives how many.
+
+        Raises:
+            ValueError: a verdict or feature of the file is not known; names the line, and nothing is taken.
+        """
+        found = read_csv(path, len(self))
+        for feature, (verdict, reason) in found.items():
+            self.decide(feature, verdict, by=by, reason=reason)
+        return len(found)
 
     def unintended(
         self, sae: SAEForFeatureExtraction | None = None, *, max_features: int | None = None
     ) -> UnintendedFeatures:
-        """The features that are explained and whose verdict is neither Yes nor Probably.
+        """The features that are explained, or decided by a person, and whose verdict is neither Yes nor Probably.
 
         Args:
             sae: the SAE of this catalogue, which holds the directions; not needed in the session that built it.
@@ -185,13 +287,18 @@ class FeatureCatalog:
         if sae is None:
             raise ValueError("a catalogue read from disk holds no SAE: pass its own, catalog.unintended(sae)")
         self.check_sae(sae)
-        judged = [record for record in self.records if record.explained and record.verdict is not None]
+        judged = [
+            record
+            for record in self.records
+            if record.verdict is not None and (record.explained or any(vote.person for vote in record.votes))
+        ]
         if not judged:
             raise ValueError("no feature has a verdict yet: call explain and judge first")
-        chosen = [record for record in judged if record.verdict not in ("Yes", "Probably")]
+        chosen = [record for record in judged if not record.legitimate]
         chosen.sort(key=lambda record: (-record.verdict_probabilities.get("No", 0.0), record.feature))
         reasons = [
-            f"judged {record.verdict} by {record.decided_by}: {record.explanation}" for record in chosen[:max_features]
+            f"judged {record.verdict} by {record.decided_by}: {record.explanation or record.reason or 'no explanation'}"
+            for record in chosen[:max_features]
         ]
         return UnintendedFeatures.from_ids(sae, [record.feature for record in chosen[:max_features]], reasons=reasons)
 
@@ -234,4 +341,6 @@ class FeatureCatalog:
                 f"{folder} is a catalogue of format {version}, this selfreg reads {FORMAT_VERSION}: {mend}"
             )
         spec = HiddenStateSpec.from_dict(info.pop("spec"))
-        return cls(from_table(table), spec, info)
+        records = from_table(table)
+        DecisionLog(folder, info["sae_fingerprint"]).apply(records)
+        return cls(records, spec, info)

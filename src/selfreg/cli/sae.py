@@ -1,5 +1,6 @@
 """`selfreg sae`: train, fine-tune, measure and convert sparse autoencoders."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -32,10 +33,13 @@ Model = Annotated[str | None, typer.Option(help="Backbone of the SAE, where the 
 LayerOption = Annotated[str | None, typer.Option(help="Layer of the SAE, where the SAE does not say.")]
 BatchSize = Annotated[int, typer.Option(help="Hidden states of a batch.", min=2)]
 Epochs = Annotated[float, typer.Option(help="Passes over the hidden states.", min=0.001)]
-Seed = Annotated[int, typer.Option(help="Of the SAE's first weights and the order of the states.")]
+Seed = Annotated[int, typer.Option(help="Of the order of the states, and of first weights where there are new ones.")]
 
 _SAVE_STEPS = 50
 _FAR_FROM_K = 0.25
+_FEW_STEPS = 200
+# Activations of a feature to be expected, were all alike, before its silence says something.
+_TOKENS_FOR_DEAD = 100
 _HELD_OUT = 20
 """One text of so many is kept out of training, for the figures at the end."""
 
@@ -101,7 +105,11 @@ def finetune(
     layer: LayerOption = None,
     seed: Seed = 0,
 ) -> None:
-    """Fine-tune an SAE on the texts of a task, so that features that are dead there learn what was missed."""
+    """Fine-tune an SAE on the texts of a task: the paper's two-part loss.
+
+    Features that are dead on these texts learn what the live ones leave unexplained, at a rate that disturbs those
+    little. How many are alive afterwards depends on the steps: see the table in README.
+    """
     with clear_errors():
         setup()
         _check_output(output)
@@ -296,6 +304,10 @@ def _train(
         **settings,
     )
     trainer = SAETrainer(sae, arguments, train_dataset=store, callbacks=[StepProgress(f"SAE, {objective}")])
+    steps = math.ceil(store.num_tokens / batch_size * epochs)
+    say(f"about {steps:,} steps of {batch_size:,} states")
+    if objective == "pretrain" and steps < _FEW_STEPS:
+        warn(f"an SAE learns little in so few steps: some 1,000 do; give more texts or epochs (--epochs {epochs:g})")
     unfinished = last_whole_checkpoint(checkpoints)
     if unfinished is not None:
         say(f"goes on at step {unfinished.rpartition('-')[2]}")
@@ -318,8 +330,11 @@ def _tell_figures(sae: "SAEForFeatureExtraction", store: "ActivationStore", what
     from selfreg.sae.statistics import evaluate_sae
 
     figures = evaluate_sae(sae, store)
+    # Rare features need many tokens to be seen at all: on few, silent is not dead.
+    few = figures.num_states * sae.config.k < _TOKENS_FOR_DEAD * sae.config.num_features
+    silent = "silent (on so few tokens not the same as dead)" if few else "dead"
     say(
-        f"FVU {figures.fvu:.4f}, L0 {figures.l0:.1f}, dead features {figures.dead_fraction:.2%}, "
+        f"FVU {figures.fvu:.4f}, L0 {figures.l0:.1f}, {silent} features {figures.dead_fraction:.2%}, "
         f"on {what} ({figures.num_states:,} tokens)"
     )
     return figures

@@ -297,7 +297,8 @@ class FeatureCatalog:
         chosen = [record for record in judged if not record.legitimate]
         chosen.sort(key=lambda record: (-record.verdict_probabilities.get("No", 0.0), record.feature))
         reasons = [
-            f"judged {record.verdict} by {record.decided_by}: {record.explanation or record.reason or 'no explanation'}"
+            f"judged {record.verdict} by {record.decided_by}: "
+            f"{record.explanation or record.reason or 'without an explanation'}"
             for record in chosen[:max_features]
         ]
         return UnintendedFeatures.from_ids(sae, [record.feature for record in chosen[:max_features]], reasons=reasons)

@@ -149,9 +149,7 @@ def _explain_prompt(spans: Sequence[Span], near_misses: Sequence[Span] = ()) -> 
         )
     else:
         content += "What do the marked words, in their context, have in common? "
-    content += (
-        "Answer with one short phrase and nothing else. If they have nothing in common, answer: cannot tell"
-    )
+    content += "Answer with one short phrase and nothing else. If they have nothing in common, answer: cannot tell"
     return [{"role": "user", "content": content}]
 
 

@@ -150,6 +150,13 @@ class UnintendedFeatures:
             found.append((share * record.density * record.mean_activation, record.feature, reason))
         found.sort(key=lambda item: (-item[0], item[1]))
         chosen = found[:max_features]
+        if len(chosen) < len(found):
+            logger.warning(
+                "%d features peak on the keywords or name one; the %d through which most of their activation goes are "
+                "taken, the others are not: raise max_features for all",
+                len(found),
+                len(chosen),
+            )
         if not chosen:
             logger.warning(
                 "no feature peaks on %s or names it: a classifier with these is a plain one",

@@ -105,7 +105,7 @@ def test_a_repo_whose_root_is_another_model_lists_what_is_below(
     files.append("2_SparseAutoEncoder/model.safetensors")
     monkeypatch.setattr(HfApi, "list_repo_files", lambda *args, **kwargs: files)
     monkeypatch.setattr(locate, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / "config.json"))
-    with pytest.raises(ValueError, match=r"subfolder=…\n  2_SparseAutoEncoder"):
+    with pytest.raises(ValueError, match=r"subfolder \(--subfolder\)\n  2_SparseAutoEncoder"):
         SAEForFeatureExtraction.from_pretrained("team/csr")
     assert "downloaded" not in online
 

@@ -340,7 +340,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_folder_of_many_lists_them(tmp_path: Path) -> None:
     for layer in (2, 10, 9):
         gemma(tmp_path / f"layer_{layer}" / "width_16k")
-    with pytest.raises(ValueError, match="holds 3 SAEs in folders below: choose one with subfolder=") as error:
+    with pytest.raises(ValueError, match="holds 3 SAEs in folders below: choose one with subfolder") as error:
         SAEForFeatureExtraction.from_pretrained(tmp_path)
     lines = str(error.value).splitlines()[1:]
     assert [line.strip() for line in lines] == [f"layer_{layer}/width_16k" for layer in (2, 9, 10)]
@@ -359,3 +359,15 @@ def test_a_name_that_is_nowhere(tmp_path: Path) -> None:
         SAEForFeatureExtraction.from_pretrained("nobody/nothing", cache_dir=tmp_path, local_files_only=True)
     with pytest.raises(OSError, match="no name of a repo on the Hub"):
         SAEForFeatureExtraction.from_pretrained("not/a/repo", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_models_that_are_no_sae_are_not_listed(tmp_path: Path) -> None:
+    gemma(tmp_path / "layer_2")
+    classifier = tmp_path / "checkpoint-5"
+    classifier.mkdir()
+    (classifier / "config.json").write_text('{"model_type": "regularized_sequence_classifier"}')
+    (classifier / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds 1 SAEs in folders below: [^\n]*\n  layer_2$"):
+        SAEForFeatureExtraction.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no SAE: its config.json is that of .* 'regularized_sequence_classifier'"):
+        SAEForFeatureExtraction.from_pretrained(classifier)

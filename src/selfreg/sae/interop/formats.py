@@ -68,8 +68,23 @@ def find_format(path: Path, name: str | None = None) -> str:
         return "the paper's authors"
     if checkpoints:
         raise ValueError(f"{name or path} holds several SAEs: name the file, one of {', '.join(checkpoints)}")
-    files = (entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
-    raise ValueError(no_sae_message(name or str(path), list_saes(files)))
+    below = [sae for sae in saes_below(path) if sae != "."]
+    if not below and set(OWN_FILES) <= names:
+        model_type = read_config(path / "config.json").get("model_type")
+        raise ValueError(f"{name or path} is no SAE: its config.json is that of a model of the type {model_type!r}")
+    raise ValueError(no_sae_message(name or str(path), below))
+
+
+def saes_below(path: Path) -> list[str]:
+    """The folders below one on this machine that hold an SAE; other models of transformers are left out."""
+    found = list_saes(entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
+    return [
+        sae
+        for sae in found
+        if not (path / sae / "config.json").exists()
+        or format_of_files({entry.name for entry in (path / sae).iterdir()}) is not None
+        or format_of_config(read_config(path / sae / "config.json")) is not None
+    ]
 
 
 def read_foreign(path: Path, name: str) -> Foreign:
@@ -124,7 +139,7 @@ def no_sae_message(where: str, saes: list[str]) -> str:
         return f"there is no SAE in {where}. Known are {_known()}"
     shown = "".join(f"\n  {sae}" for sae in saes[:_SHOWN])
     more = f"\n  and {len(saes) - _SHOWN} more" if len(saes) > _SHOWN else ""
-    return f"{where} holds {len(saes)} SAEs in folders below: choose one with subfolder=…{shown}{more}"
+    return f"{where} holds {len(saes)} SAEs in folders below: choose one with subfolder (--subfolder){shown}{more}"
 
 
 def _known() -> str:

@@ -27,6 +27,7 @@ from selfreg.sae.interop.formats import (
     format_of_files,
     list_saes,
     no_sae_message,
+    saes_below,
 )
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ def locate(
     if path.exists():
         return Place(path, str(path))
     if Path(name_or_path).is_dir():
-        files = (file.relative_to(name_or_path).as_posix() for file in Path(name_or_path).rglob("*") if file.is_file())
-        raise ValueError(f"there is no {subfolder!r}: {no_sae_message(str(name_or_path), list_saes(files))}")
+        saes = saes_below(Path(name_or_path))
+        raise ValueError(f"there is no {subfolder!r}: {no_sae_message(str(name_or_path), saes)}")
     repo, folder = str(name_or_path), subfolder.strip("/")
     where = f"{repo}/{folder}".rstrip("/")
     # Without a list of its files, the names that are known: a glob would match in folders below as well.

@@ -53,8 +53,8 @@ def _probed(explanation: str, texts: Sequence[set[str]], truth: npt.NDArray[np.b
     if not words or folds < 2:
         return np.zeros(len(truth), dtype=bool)
     held_NW = np.array([[word in text for word in words] for text in texts], dtype=float)
-    # Without an intercept: it would learn which kind the training folds have one text more of, so that the fold held
-    # out, which has one less of it, is predicted worse than by chance.
+    # Without an intercept, which would answer for all texts that hold none of the words by what few of them happen to
+    # be in the training folds: on the planted concepts of the tests, an oracle then scores 0.89 in place of 0.97.
     probe = LogisticRegression(class_weight="balanced", fit_intercept=False)
     split = StratifiedKFold(folds, shuffle=True, random_state=0)
     margins = cross_val_predict(probe, held_NW, truth, cv=split, method="decision_function")

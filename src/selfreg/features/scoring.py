@@ -9,7 +9,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -233,16 +233,20 @@ _FUZZING = (
 
 def _prompt(frame: tuple[str, str], phrase: str, text: str) -> Conversation:
     introduction, question = frame
-    described = as_plain_text(phrase).strip()[:MAX_PHRASE]
+    described = _plain(phrase).strip()[:MAX_PHRASE]  # small models write marks in their phrases
     content = f'{introduction}\n\nDescription: "{described}"\n\n<text>\n{text.strip()}\n</text>\n\n{question}'
     return [{"role": "user", "content": content}]
 
 
 def _shown(span: Span) -> tuple[str, str, str]:
     """What a prompt shows of a span before, at and after its peak, cut and cleaned as the explainer sees it."""
-    _, line, _ = fenced_spans([span]).splitlines()
-    before, peak, after = line.removeprefix("1. ").split("**", 2)
+    before, after = _line(replace(span, peak="x")).split("**x**")
+    peak = _line(replace(span, before="", after="")).removeprefix("**").removesuffix("**")
     return before, peak, after
+
+
+def _line(span: Span) -> str:
+    return fenced_spans([span]).splitlines()[1].removeprefix("1. ")
 
 
 def _plain(text: str) -> str:
@@ -251,6 +255,9 @@ def _plain(text: str) -> str:
 
 
 def _marked(before: str, peak: str, after: str) -> str:
+    # A star of the text that touches a mark would leave open where the mark ends.
+    before, peak = (re.sub(r"(?<=\*)$", " ", part) for part in (before, peak))
+    peak, after = (re.sub(r"^(?=\*)", " ", part) for part in (peak, after))
     return f"{before}**{peak}**{after}"
 
 
@@ -275,6 +282,6 @@ WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 def stop_words() -> frozenset[str]:
     """English words that carry no meaning by themselves, lower-cased; scikit-learn's list."""
-    from sklearn.feature_extraction.text import ENGLISH_STOPWORDS
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-    return ENGLISH_STOPWORDS
+    return ENGLISH_STOP_WORDS

@@ -53,10 +53,10 @@ class Concept:
 
 
 def load_concepts() -> list[Concept]:
-    """The concepts of `planted.yaml`, checked: a near miss has no trigger, and its mark is on a word of the texts.
+    """The concepts of `planted.yaml`.
 
     Raises:
-        ValueError: one is not as it should be.
+        ValueError: what is marked in a near miss is no word of the texts of its concept.
     """
     rows = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf8"))
     concepts = []

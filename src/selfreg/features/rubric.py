@@ -45,7 +45,7 @@ class RubricExample(_Part):
     feature: _Line = Field(description="Phrase that says what a feature reacts to, as an explainer would write it.")
     verdict: VerdictName = Field(description="Is it a legitimate reason: Yes, Probably, Maybe or No.")
     why: _Line = Field(description="One line.")
-    label: _Line | None = Field(None, description="The label that the verdict is about, where the rubric is per label.")
+    label: _Line | None = Field(None, description="The label that the verdict is about, with per_label.")
 
 
 class Rubric(_Part):

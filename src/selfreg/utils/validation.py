@@ -8,8 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 
 def explain_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line for each thing that is wrong: an unknown key with the nearest one of `model` at that place, a missing one
-    with what it holds."""
+    """One line for each thing that is wrong: an unknown key with the nearest one of `model` at that place, a
+    missing one with what it holds."""
     lines = []
     for entry in error.errors():
         where = ".".join(str(part) for part in entry["loc"])

@@ -184,7 +184,7 @@ def _items(lines: Iterable[str]) -> list[str]:
 
 
 def _example_line(example: RubricExample) -> str:
-    about = f" (for {example.label})" if example.label is not None else ""
+    about = f" for {example.label}" if example.label is not None else ""
     return f'"{example.feature}"{about}: {example.verdict}. {example.why}'
 
 

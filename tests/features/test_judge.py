@@ -25,6 +25,10 @@ def span(text: str = "the cat sat", peak: str = "cat") -> Span:
     return Span(text_id=0, position=1, activation=1.0, before=before, peak=peak, after=after)
 
 
+def _text(conversation: Conversation) -> str:
+    return "\n".join(turn["content"] for turn in conversation)
+
+
 class FakeChat:
     """Answers by functions of the prompt, and keeps what it was asked."""
 
@@ -41,11 +45,11 @@ class FakeChat:
 
     def complete(self, conversations: Sequence[Conversation], *, max_new_tokens: int = 64) -> list[str]:
         self.completed.append(list(conversations))
-        return [self.reason(conversation[0]["content"]) for conversation in conversations]
+        return [self.reason(_text(conversation)) for conversation in conversations]
 
     def choose(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[Choice]:
         assert tuple(options) == VERDICTS == ("Yes", "Probably", "Maybe", "No")
-        self.chosen.append([conversation[-1]["content"] for conversation in conversations])
+        self.chosen.append([_text(conversation) for conversation in conversations])
         answers = [self.verdict(prompt) for prompt in self.chosen[-1]]
         return [Choice(answer, {} if answer is None else {answer: 0.75}) for answer in answers]
 
@@ -77,13 +81,22 @@ class TestJudge:
         (votes,) = judge_features(chat, {0: ("please", [span()])}, RUBRIC).values()
         assert votes == [vote("Maybe", "It is **polite**.")]
         ((turns,),) = chat.completed
-        assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
-        assert turns[0]["content"] == chat.chosen[0][0]
-        assert turns[1]["content"] == "Maybe"
-        assert turns[2]["content"] == "Why? Answer in one sentence."
+        assert [turn["role"] for turn in turns] == ["user", "assistant", "user", "assistant", "user"]
+        assert _text(turns[:-2]) == chat.chosen[0][0]
+        assert turns[-2]["content"] == "Maybe"
+        assert turns[-1]["content"] == "Why? Answer in one sentence."
+
+    def test_spans_stand_in_a_turn_of_their_own(self) -> None:
+        chat = FakeChat(lambda _: "Maybe")
+        judge_features(chat, {0: ("please", [span()]), 1: ("please", [])}, RUBRIC)
+        ((turns, without),) = chat.completed
+        assert turns[0]["content"].endswith("1. the **cat** sat\n</texts>")
+        assert turns[2]["content"].startswith("What it reacts to")
+        assert [turn["role"] for turn in without] == ["user", "assistant", "user"]
+        assert turns[2]["content"] in without[0]["content"]
 
     def test_no_reason_where_nothing_was_decided(self) -> None:
-        chat = FakeChat(lambda prompt: None if '"x"' in prompt else "No", lambda prompt: prompt[-40:] and "Why not.")
+        chat = FakeChat(lambda prompt: None if '"x"' in prompt else "No", lambda _: "Why not.")
         results = judge_features(chat, {0: ("x", []), 1: ("y", [])}, RUBRIC)
         assert results == {0: [vote(None, None)], 1: [vote("No", "Why not.")]}
         assert [len(conversations) for conversations in chat.completed] == [1]

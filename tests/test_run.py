@@ -264,7 +264,7 @@ class JudgeOfWords:
         self._count(conversations)
         answers = []
         for turns in conversations:
-            about = turns[-1]["content"]
+            about = "\n".join(turn["content"] for turn in turns)
             answer = "No" if "a rubric of symptoms" in about and "pronouns" in about else "Yes"
             answers.append(Choice(answer, {option: float(option == answer) for option in options}))
         return answers

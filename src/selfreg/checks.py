@@ -10,7 +10,7 @@ from selfreg.activations.backbone import resolve_model
 from selfreg.activations.spec import HiddenStateSpec
 from selfreg.data import TaskData
 from selfreg.evaluation.arrays import group_name
-from selfreg.features.judge import load_rubric
+from selfreg.features.rubric import Rubric
 from selfreg.features.selection import has_two_groups, keyword_pattern
 from selfreg.recipe import ChatRecipe, Recipe, RecipeError, SAERecipe
 from selfreg.sae.configuration import SAEConfig
@@ -46,7 +46,7 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
             "that it can't be told apart from the label; choose features by keywords or a judge, or add texts"
         )
     if features.rubric is not None:
-        _of_key("features.rubric", lambda: load_rubric(features.rubric or ""))
+        _of_key("features.rubric", lambda: Rubric.load(features.rubric or ""))
     for name, chat in (("explainer", features.explainer), ("judge", features.judge)):
         if chat is not None:
             _check_chat(f"features.{name}", chat)

@@ -1,6 +1,5 @@
 """Recipe: one YAML file = one whole run."""
 
-import difflib
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from selfreg.utils.files import fingerprint_file, fingerprint_json
+from selfreg.utils.validation import explain_errors
 
 BASELINES = ("plain", "l2", "leace")
 
@@ -214,7 +214,8 @@ class Recipe(_Part):
         try:
             recipe = cls.model_validate(values)
         except ValidationError as error:
-            raise RecipeError(_explain(error)) from error
+            lines = "\n  ".join(explain_errors(error, cls))
+            raise RecipeError(f"the recipe can't be run:\n  {lines}") from error
         data = recipe.data
         for split in (data.train, data.sae_text, *data.eval.values()):
             if split is not None:
@@ -274,42 +275,3 @@ def _expand(value: Any, where: str) -> Any:
             raise RecipeError(f"{where}: the environment variable {name} is not set (in {value!r})")
         return expanded
     return value
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for entry in error.errors():
-        where = ".".join(str(part) for part in entry["loc"])
-        if entry["type"] == "extra_forbidden":
-            *parents, wrong = entry["loc"]
-            known = _known_keys(parents)
-            nearest = difflib.get_close_matches(str(wrong), known, n=1, cutoff=0.3)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
-            lines.append(f"unknown key {where!r}{hint}")
-        elif entry["type"] == "missing":
-            lines.append(f"{where!r} is missing")
-        else:
-            message = entry["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(entry["input"], dict) else f" (given: {entry['input']!r})"
-            lines.append(f"{where}: {message}{given}")
-    return "the recipe can't be run:\n  " + "\n  ".join(lines)
-
-
-def _known_keys(path: list[Any]) -> list[str]:
-    """Keys of the recipe part at `path`."""
-    part: type[BaseModel] = Recipe
-    for key in path:
-        name = str(key)
-        if name not in part.model_fields:
-            # A name that the user chose, as in data.eval.
-            continue
-        found = _models_in(part.model_fields[name].annotation)
-        if found:
-            part = found[0]
-    return list(part.model_fields)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]

@@ -19,7 +19,7 @@ from selfreg.data import TaskData, first_texts, load_task
 from selfreg.evaluation.report import ReportData, ReportFeature, write_report
 from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
-from selfreg.features.judge import load_rubric
+from selfreg.features.rubric import Rubric
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.heads import Heads
 from selfreg.recipe import ChatRecipe, Recipe, RecipeError
@@ -152,7 +152,6 @@ class _Run:
         folder = self.output / "catalog"
         recipe = self.recipe.features
         asked = recipe.model_dump(mode="json", include={"explainer", "judge"})
-        rubric = self._rubric()
 
         def work() -> dict[str, int]:
             self.tell("catalogue of what activates each feature")
@@ -162,20 +161,20 @@ class _Run:
                 self.tell(f"explaining features with {_chat_name(recipe.explainer)}")
                 catalog.explain(_chat(recipe.explainer), journal=journal / "explanations.jsonl")
             if recipe.judge is not None:
-                assert rubric is not None
+                assert recipe.rubric is not None
                 self.tell(f"judging features with {_chat_name(recipe.judge)}")
-                catalog.judge(_chat(recipe.judge), rubric, journal=journal / "verdicts.jsonl")
+                catalog.judge(_chat(recipe.judge), recipe.rubric, journal=journal / "verdicts.jsonl")
             catalog.save_pretrained(folder)
             return {"features": len(catalog)}
 
-        inputs = [self.base, sae_fingerprint(sae), store.text_fingerprint, asked, rubric]
+        inputs = [self.base, sae_fingerprint(sae), store.text_fingerprint, asked, self._rubric()]
         self.stages.run("catalog", inputs, work, outputs=(folder,))
         return FeatureCatalog.from_pretrained(folder)
 
     def _rubric(self) -> str | None:
-        if self.recipe.features.rubric is None:
-            return None
-        return load_rubric(self.recipe.features.rubric)
+        """Fingerprint of the rubric; what a file says may change, its path does not."""
+        rubric = self.recipe.features.rubric
+        return None if rubric is None else Rubric.load(rubric).fingerprint()
 
     def _unintended(
         self, sae: SAEForFeatureExtraction, catalog: FeatureCatalog, store: ActivationStore

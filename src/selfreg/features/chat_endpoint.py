@@ -154,11 +154,16 @@ class EndpointChatModel:
         stop = threading.Event()
 
         def guarded(conversation: Conversation) -> _T | CallFailed:
+            if stop.is_set():
+                return CallFailed(RuntimeError("not sent, since another call ended it all"))
             try:
                 return call(conversation, stop)
             except CallFailed as failure:
                 self.usage.add(failed=1)
                 return failure
+            except BaseException:
+                stop.set()
+                raise
 
         with ThreadPoolExecutor(min(self._server.concurrency, len(conversations)), "selfreg-chat") as pool:
             futures = [pool.submit(guarded, conversation) for conversation in conversations]

@@ -323,7 +323,7 @@ class LocalChatModel:
             end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
             answer = cast(str, self.tokenizer.decode(row[:end], skip_special_tokens=True))
             answers.append(answer.strip())
-            self.usage.add(completion_tokens=end)
+            self.usage.add(completion_tokens=min(end + 1, len(row)))  # with the token that ends the turn
         return answers
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from huggingface_hub import (
@@ -241,6 +241,14 @@ def _pause(seconds: float, stop: threading.Event) -> None:
     stop.wait(seconds)
 
 
+class _OpenAIFormat(ChatCompletionInputResponseFormatJSONSchema):
+    """A `response_format` that goes out as it is: with a base_url, huggingface_hub rewrites one whose `get` tells the
+    type "json_schema" into a form of TGI's that other servers take for "any JSON"."""
+
+    def get(self, _key: str, default: Any = None) -> Any:
+        return default
+
+
 def _answer_format(options: Sequence[str]) -> ChatCompletionInputResponseFormatJSONSchema:
     schema: dict[str, object] = {
         "type": "object",
@@ -250,7 +258,7 @@ def _answer_format(options: Sequence[str]) -> ChatCompletionInputResponseFormatJ
     }
     # Every field is sent, and a description of null might be refused.
     answer = ChatCompletionInputJSONSchema(name="answer", description="One answer.", schema=schema, strict=True)
-    return ChatCompletionInputResponseFormatJSONSchema(type="json_schema", json_schema=answer)
+    return _OpenAIFormat(type="json_schema", json_schema=answer)
 
 
 def _text_of(output: ChatCompletionOutput) -> str:

@@ -1,5 +1,6 @@
 """What the explainer and the judge need of a chat model, whichever it is, and text from strangers made safe for it."""
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -65,6 +66,17 @@ def check_options(options: Sequence[str]) -> None:
     distinct = {option.strip().casefold() for option in options}
     if isinstance(options, str) or len(options) < 2 or len(distinct) < len(options) or "" in distinct:
         raise ValueError(f"options={options!r} must be two or more different answers, none of them empty")
+
+
+def option_question(conversation: Conversation, options: Sequence[str]) -> list[Message]:
+    """`conversation` with an instruction behind its last turn to write one of `options`."""
+    instruction = f"Answer with exactly one of: {', '.join(options)}. Write nothing else."
+    return [*conversation[:-1], {"role": "user", "content": f"{conversation[-1]['content']}\n\n{instruction}"}]
+
+
+def choice_tokens(options: Sequence[str]) -> int:
+    """Tokens that a written answer to `option_question` may take, bare or in JSON. A token is a byte at least."""
+    return 32 + max(len(json.dumps(option)) for option in options)
 
 
 # What a chat template or a fence may be made of: `<|im_end|>`, `</s>`, `<start_of_turn>`, `<<SYS>>`, `[/INST]`, ```.

@@ -1,30 +1,30 @@
 """EndpointChatModel: a chat model behind an OpenAI-compatible server."""
 
-import contextlib
+import copy
+import json
 import logging
-import os
-import time
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
-from urllib.parse import urlsplit
 
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled
-
-# huggingface_hub exports its HTTP library under this name in all its versions, but does not tell type checkers so.
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-from urllib3.exceptions import InvalidHeader, MaxRetryError
-from urllib3.util.retry import Retry
-
-from selfreg.features.chat import Choice, Conversation, Message, as_plain_text, check_conversations, check_options
+from selfreg.features.answer_cache import AnswerCache, answer_key
+from selfreg.features.chat import (
+    Choice,
+    Conversation,
+    check_conversations,
+    check_options,
+    choice_tokens,
+    option_question,
+)
+from selfreg.features.chat_server import CallFailed, ChatServer, ServerAnswer
+from selfreg.features.chat_usage import ChatUsage
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_LONGEST_WAIT = 60.0
-# A server that asks for no key is sent this, since huggingface_hub would fill the gap with the user's Hub token.
-_NO_KEY = "none"
+# How servers that have no `response_format` refuse it.
+_NOT_THERE = (400, 422, 501)
 
 
 class EndpointChatModel:
@@ -32,6 +32,11 @@ class EndpointChatModel:
 
     A call that meets a time-out, a broken connection, an unreadable answer or the status 408, 429 or 5xx is made
     again: at once, then after a wait that doubles, or when the server says (`Retry-After`); no wait is over a minute.
+
+    A conversation that the server refuses by itself (400, 413, 422, 501: content filters, too long), or that fails to
+    the end, stays without an answer, which is logged and counted in `usage.failed`: the others go on. It is an error
+    where nothing was ever answered, since then a setting is wrong; where the key or the model is refused; and where
+    the server can no longer be reached.
 
     Args:
         base_url: of the server, such as `http://localhost:8000/v1`.
@@ -42,6 +47,9 @@ class EndpointChatModel:
         max_retries: how often a failed call is made again.
         concurrency: calls at the same time.
         backoff_factor: seconds; half of the wait before the second retry, which doubles with every further one.
+
+    Attributes:
+        usage (`ChatUsage`): what was asked, and what that took.
 
     Raises:
         ValueError: a setting that can't be, or the variable holds no key.
@@ -58,45 +66,72 @@ class EndpointChatModel:
         concurrency: int = 4,
         backoff_factor: float = 1.0,
     ) -> None:
-        _check_url(base_url)
-        if not model:
-            raise ValueError(f"model={model!r} must be the name of a model on {base_url}")
-        if timeout <= 0 or max_retries < 0 or concurrency < 1 or backoff_factor < 0:
-            raise ValueError(
-                f"timeout={timeout} must be above 0, max_retries={max_retries} and backoff_factor={backoff_factor} "
-                f"at least 0, concurrency={concurrency} at least 1"
-            )
-        self.base_url, self.model, self.api_key_env = base_url, model, api_key_env
-        self.timeout, self.max_retries, self.concurrency = timeout, max_retries, concurrency
-        self.backoff_factor = backoff_factor
-        key = _NO_KEY if api_key_env is None else _read_key(api_key_env)
-        # The client is the only holder of the key.
-        self._client = InferenceClient(base_url=base_url, api_key=key, timeout=timeout)
-        self._answered = False
+        self._server = ChatServer(
+            base_url,
+            model,
+            api_key_env=api_key_env,
+            timeout=timeout,
+            max_retries=max_retries,
+            concurrency=concurrency,
+            backoff_factor=backoff_factor,
+        )
+        self.usage = ChatUsage()
+        self._structured = _StructuredOutput()
+        self._cache: AnswerCache | None = None
 
     def __repr__(self) -> str:
-        return f"EndpointChatModel({self.base_url!r}, {self.model!r}, api_key_env={self.api_key_env!r})"
+        server = self._server
+        return f"EndpointChatModel({server.base_url!r}, {server.model!r}, api_key_env={server.api_key_env!r})"
 
     @property
     def name(self) -> str:
-        return self.model
+        return self._server.model
+
+    def with_cache(self, cache: AnswerCache) -> "EndpointChatModel":
+        """A copy that keeps the answer to every call in `cache`; connection and `usage` stay shared."""
+        copied = copy.copy(self)
+        copied._cache = cache
+        return copied
+
+    def known_answer(self, conversation: Conversation, *, max_new_tokens: int = 64) -> str | None:
+        """What `complete` would answer without asking; None where the cache does not hold it."""
+        return self._find(self._key(conversation, max_new_tokens))
+
+    def known_choice(self, conversation: Conversation, options: Sequence[str]) -> Choice | None:
+        """What `choose` would answer without asking; None where the cache does not hold it, or not its repair."""
+
+        def look_up(messages: Conversation, max_new_tokens: int) -> str:
+            known = self._find(self._key(messages, max_new_tokens, options))
+            if known is None:
+                raise LookupError
+            return known
+
+        try:
+            return _decide(conversation, options, look_up)
+        except LookupError:
+            return None
 
     def complete(self, conversations: Sequence[Conversation], *, max_new_tokens: int = 64) -> list[str]:
-        """Answers each conversation at temperature 0, without surrounding white space.
+        """Answers each conversation at temperature 0, without surrounding white space; "" where it failed.
 
         Raises:
             ConnectionError: the server can't be reached, or stopped answering.
-            RuntimeError: it refused the call, or its answers are not in the form of OpenAI's.
+            RuntimeError: it refused the key or the model, or has never answered in the form of OpenAI's.
         """
         check_conversations(conversations)
-        return self._concurrently(lambda conversation: self._ask(conversation, max_new_tokens), conversations)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        return self._concurrently(
+            lambda conversation, stop: self._ask(conversation, max_new_tokens, None, stop), conversations, failed=""
+        )
 
     def choose(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[Choice]:
         """Asks for exactly one of `options`; an answer that is none of them is asked for once more, then undecided.
 
-        The last turn is extended by an instruction that lists the options. An answer counts where it is one of them
-        but for case, surrounding white space, quotes and a full stop: it is never looked for inside prose. A chosen
-        option has the probability 1, since servers need not tell more.
+        The last turn is extended by an instruction that lists the options, and a server that has structured output is
+        asked for JSON with one of them. An answer counts where it is one of them but for case, surrounding white
+        space, quotes and a full stop: it is never looked for inside prose. A chosen option has the probability 1,
+        since servers need not tell more. A conversation that failed is undecided, too.
 
         Raises:
             ValueError: options that repeat or are empty.
@@ -104,168 +139,158 @@ class EndpointChatModel:
         """
         check_options(options)
         check_conversations(conversations)
-        return self._concurrently(lambda conversation: self._choose_one(conversation, options), conversations)
 
-    def _concurrently(self, call: Callable[[Conversation], _T], conversations: Sequence[Conversation]) -> list[_T]:
+        def decide(conversation: Conversation, stop: threading.Event) -> Choice:
+            return _decide(conversation, options, lambda turns, limit: self._ask(turns, limit, options, stop))
+
+        return self._concurrently(decide, conversations, failed=Choice(None, {}))
+
+    def _concurrently(
+        self, call: Callable[[Conversation, threading.Event], _T], conversations: Sequence[Conversation], *, failed: _T
+    ) -> list[_T]:
+        """Results in order, `failed` for each call that failed."""
         if not conversations:
             return []
-        # On the first error, map drops the calls that have not begun.
-        with ThreadPoolExecutor(min(self.concurrency, len(conversations)), "selfreg-chat") as pool:
-            return list(pool.map(call, conversations))
+        stop = threading.Event()
 
-    def _choose_one(self, conversation: Conversation, options: Sequence[str]) -> Choice:
-        listed = ", ".join(options)
-        question = f"{conversation[-1]['content']}\n\nAnswer with exactly one of: {listed}. Write nothing else."
-        messages: list[Message] = [*conversation[:-1], {"role": "user", "content": question}]
-        # A token is a byte at the least.
-        max_new_tokens = 8 + max(len(option.encode()) for option in options)
-        answer = self._ask(messages, max_new_tokens)
-        option = parse_option(answer, options)
-        if option is None:
-            repair = f"That is not one of the answers. Write exactly one of: {listed}. Write nothing else."
-            # Some servers refuse an empty turn.
-            turns: list[Message] = [
-                {"role": "assistant", "content": answer or "-"},
-                {"role": "user", "content": repair},
-            ]
-            option = parse_option(self._ask([*messages, *turns], max_new_tokens), options)
-        if option is None:
-            return Choice(None, {})
-        return Choice(option, {other: float(other == option) for other in options})
-
-    def _ask(self, messages: Conversation, max_new_tokens: int) -> str:
-        """One call, made again as long as its failure may pass."""
-        retry = Retry(
-            total=self.max_retries,
-            backoff_factor=self.backoff_factor,
-            backoff_jitter=self.backoff_factor / 2,  # so that concurrent calls do not come back all at once
-            backoff_max=_LONGEST_WAIT,
-        )
-        while True:
+        def guarded(conversation: Conversation) -> _T | CallFailed:
+            if stop.is_set():
+                return CallFailed(RuntimeError("not sent, since another call ended it all"))
             try:
-                return self._call(messages, max_new_tokens)
-            except _Passing as passing:
-                try:
-                    retry = retry.increment(error=passing)
-                except MaxRetryError:
-                    raise passing.final from None
-                wait = retry.get_backoff_time()
-                if passing.retry_after is not None:
-                    # Anything but a number or a date is no reason to fail.
-                    with contextlib.suppress(InvalidHeader):
-                        wait = min(_LONGEST_WAIT, retry.parse_retry_after(passing.retry_after))
-                logger.info("%s; asking again in %.1f s", passing.final, wait)
-                time.sleep(wait)
+                return call(conversation, stop)
+            except CallFailed as failure:
+                self.usage.add(failed=1)
+                return failure
+            except BaseException:
+                stop.set()
+                raise
 
-    def _call(self, messages: Conversation, max_new_tokens: int) -> str:
-        """One request. Raises `_Passing` where the same request may succeed later, and a final error where not."""
+        with ThreadPoolExecutor(min(self._server.concurrency, len(conversations)), "selfreg-chat") as pool:
+            futures = [pool.submit(guarded, conversation) for conversation in conversations]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                # What is on its way is waited for, and its answer kept; nothing is sent any more.
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        outcomes = [future.result() for future in futures]
+        failures = [outcome for outcome in outcomes if isinstance(outcome, CallFailed)]
+        if failures and not self._excused(failures):
+            raise failures[0].error
+        for failure in failures:
+            logger.warning("a conversation stays without an answer: %s", failure.error)
+        return [failed if isinstance(outcome, CallFailed) else outcome for outcome in outcomes]
+
+    def _excused(self, failures: Sequence[CallFailed]) -> bool:
+        """Whether these calls failed by themselves, and not by a setting that no call can succeed with."""
+        if self.usage.calls:
+            return True
+        # Answers from an earlier run tell the same of a prompt that is refused: else, once it alone is left, every
+        # run would end with an error.
+        return self.usage.cached > 0 and all(failure.refused_with is not None for failure in failures)
+
+    def _key(self, messages: Conversation, max_new_tokens: int, options: Sequence[str] | None = None) -> str:
+        # Whether the answer came as JSON is no part of it: it is the server that changes, not the question.
+        model = [self._server.model, self._server.base_url]
+        if options is None:
+            return answer_key("complete", model, messages, max_new_tokens=max_new_tokens, temperature=0)
+        return answer_key(
+            "choose", model, messages, options=list(options), max_new_tokens=max_new_tokens, temperature=0
+        )
+
+    def _find(self, key: str) -> str | None:
+        return None if self._cache is None else self._cache.find(key)
+
+    def _ask(
+        self, messages: Conversation, max_new_tokens: int, options: Sequence[str] | None, stop: threading.Event
+    ) -> str:
+        """The answer to one call, from the cache or the server."""
+        key = self._key(messages, max_new_tokens, options)
+        known = self._find(key)
+        if known is not None:
+            self.usage.add(cached=1)
+            return known
+        answer = self._send(messages, max_new_tokens, options, stop)
+        if self._cache is not None:
+            self._cache.add({key: answer.text})
+        self.usage.add(
+            calls=1,
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=answer.completion_tokens,
+            estimated=answer.estimated,
+        )
+        return answer.text
+
+    def _send(
+        self, messages: Conversation, max_new_tokens: int, options: Sequence[str] | None, stop: threading.Event
+    ) -> ServerAnswer:
+        if options is None or not self._structured.wanted:
+            return self._server.ask(messages, max_new_tokens, stop=stop)
         try:
-            output = self._client.chat_completion(
-                [dict(message) for message in messages],
-                model=self.model,
-                max_tokens=max_new_tokens,
-                temperature=0.0,
-            )
-            self._answered = True
-            content = output.choices[0].message.content
-        except OfflineModeIsEnabled:
-            raise ConnectionError(
-                f"HF_HUB_OFFLINE is set, and huggingface_hub then sends nothing, not even to {self.base_url}: unset "
-                "it for this run, or use a LocalChatModel"
-            ) from None
-        except InferenceTimeoutError:
-            silent = ConnectionError(
-                f"the chat server at {self.base_url} did not answer within {self.timeout} s: raise timeout, or lower "
-                f"concurrency={self.concurrency}"
-            )
-            raise _Passing(silent) from None
-        except HfHubHTTPError as error:
-            self._answered = True
-            # Not chained: the library's message repeats what the server says, and some servers repeat the key.
-            refusal = RuntimeError(self._refusal(error))
-            status = error.response.status_code
-            if status in (408, 429) or status >= 500:
-                raise _Passing(refusal, error.response.headers.get("Retry-After")) from None
-            raise refusal from None
-        except httpx.ConnectError as error:
-            unreachable = ConnectionError(
-                f"no chat server answers at {self.base_url} ({self._clean(str(error))}). Start one, for example "
-                f"`transformers serve`, `vllm serve {self.model}` or `ollama serve`, and give its address as base_url"
-            )
-            # Before the first answer it is a wrong address, or a server that nobody started: waiting won't help.
-            if self._answered:
-                raise _Passing(unreachable) from None
-            raise unreachable from None
-        except httpx.HTTPError as error:
-            broken = ConnectionError(
-                f"the connection to the chat server at {self.base_url} broke ({type(error).__name__})"
-            )
-            raise _Passing(broken) from None
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            # How huggingface_hub fails, and the line after it, on a body that is cut off or not of the known form.
-            unreadable = RuntimeError(
-                f"the chat server at {self.base_url} answered with something else than a chat completion "
-                f"({type(error).__name__}): is it an OpenAI-compatible server, and base_url the part before "
-                "/chat/completions?"
-            )
-            raise _Passing(unreadable) from None
-        return (content or "").strip()
-
-    def _refusal(self, error: HfHubHTTPError) -> str:
-        said = self._clean(error.server_message or "")
-        status = error.response.status_code
-        hint = ""
-        if status in (401, 403):
-            where = f"the variable {self.api_key_env}" if self.api_key_env else "api_key_env, which names no variable"
-            hint = f"; check the key in {where}"
-        elif status == 404:
-            hint = "; check the name of the model and base_url"
-        return f"the chat server at {self.base_url} answered {status} for the model {self.model!r}: {said!r}{hint}"
-
-    def _clean(self, message: str) -> str:
-        """What a server said, short and without the key."""
-        key = self._client.token
-        if key is not None and key != _NO_KEY:
-            message = message.replace(key, "***")
-        return as_plain_text(message)[:300]
+            answer = self._server.ask(messages, max_new_tokens, options=options, stop=stop)
+        except CallFailed as failure:
+            if failure.refused_with not in _NOT_THERE or self._structured.works:
+                raise
+            # Of the format, or of this prompt? It is the format where the same prompt passes without it.
+            plain = self._server.ask(messages, max_new_tokens, stop=stop)
+            self._structured.give_up(f"refuses it ({failure.error})")
+            return plain
+        if _parse_json(answer.text, options) is not None:
+            self._structured.works = True
+        elif answer.text and not self._structured.works:
+            self._structured.give_up("ignores it")
+        return answer
 
 
-class _Passing(Exception):
-    """A failure that may pass; never seen by callers, who get the error that it carries where it does not."""
+class _StructuredOutput:
+    """Whether a server has structured output: found out with the first calls, which may be several at a time."""
 
-    def __init__(self, final: Exception, retry_after: str | None = None) -> None:
-        super().__init__(str(final))
-        self.final, self.retry_after = final, retry_after
+    def __init__(self) -> None:
+        self.wanted, self.works = True, False
+        self._lock = threading.Lock()
+
+    def give_up(self, why: str) -> None:
+        with self._lock:
+            if self.wanted:
+                self.wanted = False
+                logger.info("no structured output, since the server %s: answers are read as plain text", why)
+
+
+def _decide(conversation: Conversation, options: Sequence[str], ask: Callable[[Conversation, int], str]) -> Choice:
+    """The option that `ask` (of a conversation and a limit of tokens) answers, with one repair turn."""
+    messages, limit = option_question(conversation, options), choice_tokens(options)
+    answer = ask(messages, limit)
+    option = parse_option(answer, options)
+    if option is None:
+        repair = f"That is not one of the answers. Write exactly one of: {', '.join(options)}. Write nothing else."
+        # Some servers refuse an empty turn.
+        messages += [{"role": "assistant", "content": answer or "-"}, {"role": "user", "content": repair}]
+        option = parse_option(ask(messages, limit), options)
+    if option is None:
+        return Choice(None, {})
+    return Choice(option, {other: float(other == option) for other in options})
 
 
 _QUOTES = "\"'`*\u201c\u201d\u2018\u2019\u00ab\u00bb"
 
 
 def parse_option(answer: str, options: Sequence[str]) -> str | None:
-    """The option that `answer` is, but for case, surrounding white space, quotes and a full stop; else None."""
+    """The option that `answer` is, but for case, surrounding white space, quotes and a full stop; else None.
+
+    An object of JSON counts where it is `{"answer": option}` and nothing else.
+    """
+    if answer.lstrip().startswith("{"):
+        return _parse_json(answer, options)
     bare = answer.strip().strip(_QUOTES).strip().removesuffix(".").strip(_QUOTES).strip().casefold()
     return next((option for option in options if option.strip().casefold() == bare), None)
 
 
-def _check_url(base_url: str) -> None:
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"base_url={base_url!r} must be a whole address, such as http://localhost:8000/v1")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError(
-            f"base_url of {parts.hostname!r} holds a user name or a password, which would end up in logs and files: "
-            "put the key into an environment variable and name that with api_key_env"
-        )
-
-
-def _read_key(variable: str) -> str:
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ValueError(f"the environment variable {variable} (api_key_env) holds no key: set it, or leave it out")
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        # Such a key can't stand in a header, and the error of the HTTP library would show it.
-        raise ValueError(
-            f"the environment variable {variable} (api_key_env) holds white space or characters that are not ASCII: "
-            "it can't be a key"
-        )
-    return key
+def _parse_json(answer: str, options: Sequence[str]) -> str | None:
+    try:
+        # Pairs, since of an object that answers twice the last would win.
+        pairs = json.loads(answer, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return None
+    return next((option for option in options if pairs == [("answer", option)]), None)

@@ -1,20 +1,41 @@
 """LocalChatModel: a chat model of transformers, on this machine.
 
-Shapes: B conversations, T tokens of the longest prompt, O options, L options of more than one token, R their tokens
-after the first, V vocabulary.
+Shapes: B conversations, T tokens of the longest prompt, S tokens of it after the beginning that is shared, O options,
+L options of more than one token, R their tokens after the first, V vocabulary.
 """
 
+import copy
 import inspect
+import itertools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    DynamicLayer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from selfreg.activations.backbone import resolve_model
+from selfreg.features.answer_cache import AnswerCache, answer_key, dump_choice, load_choice
 from selfreg.features.chat import Choice, Conversation, check_conversations, check_options
+from selfreg.features.chat_usage import ChatUsage
 from selfreg.utils.devices import default_device
+
+# A shorter beginning costs more to share than to read.
+_SHORTEST_PREFIX = 16
+
+
+class _Prefix(NamedTuple):
+    """What all prompts of a call begin with: its token ids, and its keys and values for a batch of one."""
+
+    ids: list[int]
+    cache: DynamicCache
 
 
 class LocalChatModel:
@@ -28,6 +49,9 @@ class LocalChatModel:
             probabilities independent of the batch to four digits.
         device: where to run; None: the accelerator if there is one.
         batch_size: conversations that go through the model together; `choose` multiplies it by the options.
+
+    Attributes:
+        usage (`ChatUsage`): what was asked, and what that took.
 
     Raises:
         OSError: there is no such model, as `from_pretrained`.
@@ -52,6 +76,7 @@ class LocalChatModel:
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=loaded_dtype, **source.kwargs())
         name = model_name_or_path if revision is None else f"{model_name_or_path}@{revision}"
         self._set(model.to(device), tokenizer, name, batch_size)  # type: ignore[arg-type]  # `to` is typed unbound
+        self._identity.append(gguf_file or "")
 
     @classmethod
     def from_model(
@@ -79,6 +104,10 @@ class LocalChatModel:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.model, self.tokenizer, self._name, self.batch_size = model.eval(), tokenizer, name, batch_size
+        self.usage = ChatUsage()
+        self._cache: AnswerCache | None = None
+        # Tells the answers of this model from others' in a cache.
+        self._identity = [name, str(model.dtype), str(tokenizer.chat_template)]
 
     def __repr__(self) -> str:
         return f"LocalChatModel({self._name!r}, device={str(self.model.device)!r})"
@@ -86,6 +115,35 @@ class LocalChatModel:
     @property
     def name(self) -> str:
         return self._name
+
+    def with_cache(self, cache: AnswerCache) -> "LocalChatModel":
+        """A copy that keeps the answers of every batch in `cache`; the model and `usage` stay shared.
+
+        A model that is trained on under the same name needs another cache: only name, dtype and template are compared.
+        """
+        copied = copy.copy(self)
+        copied._cache = cache
+        return copied
+
+    def known_answer(self, conversation: Conversation, *, max_new_tokens: int = 64) -> str | None:
+        """What `complete` would answer without asking; None where the cache does not hold it."""
+        return None if self._cache is None else self._cache.find(self._complete_key(conversation, max_new_tokens))
+
+    def known_choice(self, conversation: Conversation, options: Sequence[str]) -> Choice | None:
+        """What `choose` would answer without asking; None where the cache does not hold it."""
+        if self._cache is None:
+            return None
+        return load_choice(self._cache.find(self._choose_key(conversation, options)))
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, without those that a template adds."""
+        return len(self._plain_ids(text))
+
+    def _complete_key(self, conversation: Conversation, max_new_tokens: int) -> str:
+        return answer_key("complete", self._identity, conversation, max_new_tokens=max_new_tokens)
+
+    def _choose_key(self, conversation: Conversation, options: Sequence[str]) -> str:
+        return answer_key("choose", self._identity, conversation, options=list(options))
 
     def complete(self, conversations: Sequence[Conversation], *, max_new_tokens: int = 64) -> list[str]:
         """Answers each conversation, greedily, without special tokens and surrounding white space.
@@ -96,11 +154,17 @@ class LocalChatModel:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         prompts = self._prompts(conversations, room=max_new_tokens)
-        answers = [""] * len(prompts)
-        for rows in self._batches(prompts):
-            for row, answer in zip(rows, self._generate([prompts[r] for r in rows], max_new_tokens), strict=True):
+        answers = [self.known_answer(conversation, max_new_tokens=max_new_tokens) for conversation in conversations]
+        missing = [row for row, answer in enumerate(answers) if answer is None]
+        self.usage.add(cached=len(prompts) - len(missing))
+        prefix = self._read_prefix([prompts[row] for row in missing])
+        for rows in self._batches(prompts, missing):
+            given = self._generate([prompts[row] for row in rows], max_new_tokens, prefix)
+            for row, answer in zip(rows, given, strict=True):
                 answers[row] = answer
-        return answers
+            self._keep({self._complete_key(conversations[r], max_new_tokens): answers[r] for r in rows})
+            self.usage.add(calls=len(rows), prompt_tokens=sum(len(prompts[row]) for row in rows))
+        return cast(list[str], answers)
 
     def choose(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[Choice]:
         """The likeliest of `options` as the whole answer to each conversation, and the probability of each.
@@ -116,13 +180,23 @@ class LocalChatModel:
         check_options(options)
         option_ids = self._option_ids(options)
         prompts = self._prompts(conversations, room=max(map(len, option_ids)))
-        choices = [Choice(None, {})] * len(prompts)
-        for rows in self._batches(prompts):
-            scores_BO = self._option_scores([prompts[row] for row in rows], option_ids)
+        choices = [self.known_choice(conversation, options) for conversation in conversations]
+        missing = [row for row, choice in enumerate(choices) if choice is None]
+        self.usage.add(cached=len(prompts) - len(missing))
+        prefix = self._read_prefix([prompts[row] for row in missing])
+        for rows in self._batches(prompts, missing):
+            scores_BO = self._option_scores([prompts[row] for row in rows], option_ids, prefix)
             for row, probabilities in zip(rows, scores_BO.softmax(-1).tolist(), strict=True):
                 best = max(range(len(options)), key=probabilities.__getitem__)
                 choices[row] = Choice(options[best], dict(zip(options, probabilities, strict=True)))
-        return choices
+            given = {self._choose_key(conversations[row], options): choices[row] for row in rows}
+            self._keep({key: dump_choice(choice) for key, choice in given.items() if choice is not None})
+            self.usage.add(calls=len(rows), prompt_tokens=sum(len(prompts[row]) for row in rows))
+        return cast(list[Choice], choices)
+
+    def _keep(self, answers: dict[str, Any]) -> None:
+        if self._cache is not None:
+            self._cache.add(answers)
 
     def _prompts(self, conversations: Sequence[Conversation], room: int) -> list[list[int]]:
         """The token ids of each conversation up to where the answer begins, checked to leave `room` for it."""
@@ -166,20 +240,57 @@ class LocalChatModel:
     def _plain_ids(self, text: str) -> list[int]:
         return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _batches(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Row numbers in batches of like length, the longest first, so that a lack of memory shows at once."""
-        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    def _batches(self, prompts: list[list[int]], rows: list[int]) -> list[list[int]]:
+        """`rows` in batches of like length, the longest first, so that a lack of memory shows at once."""
+        order = sorted(rows, key=lambda row: -len(prompts[row]))
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
-    def _left_pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask, `[B, T]`. Padded by hand, to leave the tokenizer's own settings alone."""
+    @torch.inference_mode()
+    def _read_prefix(self, prompts: list[list[int]]) -> _Prefix | None:
+        """The beginning that all prompts share, read once; None where it is too short, or can't be shared."""
+        if len(prompts) < 2:
+            return None
+        # Of the first and the last in order, since all others lie between them. A token is left to each prompt.
+        first, last = min(prompts), max(prompts)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+        length = min(shared, *(len(prompt) - 1 for prompt in prompts))
+        cache = DynamicCache(config=self.model.config)
+        # Layers of any other kind (sliding windows, linear attention) keep something else than each token's own
+        # keys and values.
+        if length < _SHORTEST_PREFIX or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        ids = first[:length]
+        self.model(
+            input_ids=torch.tensor([ids], device=self.model.device),
+            logits_to_keep=1,
+            **self._using(cache),
+        )
+        return _Prefix(ids, cache)
+
+    def _using(self, cache: DynamicCache) -> dict[str, Any]:
+        return {_cache_argument(self.model): cache, "use_cache": True}
+
+    def _start(self, prompts: list[list[int]], prefix: _Prefix | None) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Ids and attention mask, `[B, T]`, and the cache that a batch starts with.
+
+        The padding stands behind the prefix, before what is the prompt's own. Padded by hand, to leave the tokenizer's
+        own settings alone.
+        """
+        start = [] if prefix is None else prefix.ids
         width = max(map(len, prompts))
         ids_BT = torch.full((len(prompts), width), self._pad_id(), dtype=torch.long)
         mask_BT = torch.zeros_like(ids_BT)
         for row, prompt in enumerate(prompts):
-            ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask_BT[row, width - len(prompt) :] = 1
-        return ids_BT.to(self.model.device), mask_BT.to(self.model.device)
+            ids_BT[row, : len(start)] = torch.tensor(start)
+            own = prompt[len(start) :]
+            ids_BT[row, width - len(own) :] = torch.tensor(own)
+            mask_BT[row, : len(start)] = mask_BT[row, width - len(own) :] = 1
+        if prefix is None:
+            cache = DynamicCache(config=self.model.config)
+        else:
+            cache = copy.deepcopy(prefix.cache)
+            cache.batch_repeat_interleave(len(prompts))
+        return ids_BT.to(self.model.device), mask_BT.to(self.model.device), cache
 
     def _pad_id(self) -> int:
         # Padding is masked, so any id does.
@@ -192,8 +303,8 @@ class LocalChatModel:
         return sorted(stop for stop in stops if stop is not None)
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-        ids_BT, mask_BT = self._left_pad(prompts)
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int, prefix: _Prefix | None) -> list[str]:
+        ids_BT, mask_BT, cache = self._start(prompts, prefix)
         stop_ids = self._stop_ids()
         generated = self.model.generate(
             input_ids=ids_BT,
@@ -205,32 +316,34 @@ class LocalChatModel:
             repetition_penalty=1.0,
             eos_token_id=stop_ids or None,
             pad_token_id=self._pad_id(),
+            **({} if prefix is None else self._using(cache)),
         )
         answers = []
         for row in generated[:, ids_BT.shape[1] :].tolist():
             end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
             answer = cast(str, self.tokenizer.decode(row[:end], skip_special_tokens=True))
             answers.append(answer.strip())
+            self.usage.add(completion_tokens=min(end + 1, len(row)))  # with the token that ends the turn
         return answers
 
     @torch.inference_mode()
-    def _option_scores(self, prompts: list[list[int]], options: list[list[int]]) -> Tensor:
+    def _option_scores(self, prompts: list[list[int]], options: list[list[int]], prefix: _Prefix | None) -> Tensor:
         """Mean log-probability per token of each option after each prompt, `[B, O]`, on the CPU.
 
         Each prompt is read once, and its keys and values are shared by the options of more than one token.
         """
         device = self.model.device
-        ids_BT, mask_BT = self._left_pad(prompts)
+        ids_BT, mask_BT, cache = self._start(prompts, prefix)
         lengths_B = mask_BT.sum(-1)
-        cache = DynamicCache(config=self.model.config)
-        with_cache: dict[str, Any] = {_cache_argument(self.model): cache, "use_cache": True}
+        ids_BS = ids_BT[:, cache.get_seq_length() :]
+        # Counted without the padding, else a score would depend on what else is in the batch.
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         output = self.model(
-            input_ids=ids_BT,
+            input_ids=ids_BS,
             attention_mask=mask_BT,
-            # Counted without the padding, else a score would depend on what else is in the batch.
-            position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
+            position_ids=positions_BT[:, -ids_BS.shape[1] :],
             logits_to_keep=1,
-            **with_cache,
+            **self._using(cache),
         )
         first_BV = output.logits[:, -1].float().log_softmax(-1)
         total_BO = first_BV[:, [ids[0] for ids in options]]
@@ -242,14 +355,13 @@ class LocalChatModel:
             targets_LR = torch.nn.utils.rnn.pad_sequence([ids[1:] for ids in rest], batch_first=True, padding_value=-1)
             count, width = inputs_LR.shape
             rows = torch.arange(len(prompts), device=device).repeat_interleave(count)
-            cache.reorder_cache(
-                cast(torch.LongTensor, rows)
-            )  # each prompt's keys and values, once for each long option
+            # Each prompt's keys and values, once for each long option.
+            cache.reorder_cache(cast(torch.LongTensor, rows))
             logits = self.model(
                 input_ids=inputs_LR.repeat(len(prompts), 1),
                 attention_mask=torch.cat([mask_BT[rows], mask_BT.new_ones(len(rows), width)], dim=1),
                 position_ids=lengths_B[rows].unsqueeze(1) + torch.arange(width, device=device),
-                **with_cache,
+                **self._using(cache),
             ).logits
             targets = targets_LR.repeat(len(prompts), 1)
             picked = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)

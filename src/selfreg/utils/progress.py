@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -26,13 +26,30 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Advance]:
+def progress(
+    description: str, total: int, unit: str, *, done: int = 0, status: Callable[[], str] | None = None
+) -> Iterator[Advance]:
     """Shows `description` with a bar over `total` units; yields the function that advances it.
+
+    What `status` returns is shown beside the bar, anew whenever the bar is drawn, and at the end in the log.
 
     `transformers.utils.logging.disable_progress_bar()` turns the bar off, as it does in transformers.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class StatusColumn(ProgressColumn):
+        def render(self, _task: Task) -> Text:
+            return Text(status() if status is not None else "")
 
     console = Console(stderr=True)
     started, count = time.perf_counter(), 0
@@ -45,11 +62,15 @@ def progress(description: str, total: int, unit: str, *, done: int = 0) -> Itera
         count += n
         bar.update(task, advance=n, rate=rate())
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
+    if status is not None:
+        columns.append(StatusColumn())
     disable = not (console.is_terminal and (_only_own or is_progress_bar_enabled()))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=disable) as bar:
+    with Progress(*columns, console=console, disable=disable) as bar:
         task = bar.add_task(description, total=total, completed=done, rate="")
         yield advance
     if count:
         seconds = time.perf_counter() - started
-        logger.info("%s: %s %s in %.1f s (%s)", description, f"{count:,}", unit, seconds, rate())
+        told = rate() if status is None else f"{rate()}, {status()}"
+        logger.info("%s: %s %s in %.1f s (%s)", description, f"{count:,}", unit, seconds, told)

@@ -47,9 +47,10 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
         )
     if features.rubric is not None:
         _of_key("features.rubric", lambda: Rubric.load(features.rubric or ""))
-    for name, chat in (("explainer", features.explainer), ("judge", features.judge)):
-        if chat is not None:
-            _check_chat(f"features.{name}", chat)
+    if features.explainer is not None:
+        _check_chat("features.explainer", features.explainer)
+    for judge in features.judge or []:
+        _check_chat("features.judge", judge)
 
 
 def check_sae_source(recipe: SAERecipe, spec: HiddenStateSpec) -> None:

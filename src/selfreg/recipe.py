@@ -117,12 +117,17 @@ class FeaturesRecipe(_Part):
 
     rubric: str | None = Field(None, description="What is a legitimate reason for a label: text, or a file.")
     explainer: ChatRecipe | None = None
-    judge: ChatRecipe | None = None
+    judge: list[ChatRecipe] | None = Field(None, min_length=1, description="One judge, or a list of some that vote.")
     keywords: list[str] | None = Field(None, description="Words looked for in spans and explanations.")
     attribute: str | None = Field(None, description="Column of the training data.")
     ids: list[int] | None = Field(None, description="Features by number.")
     max_features: int = Field(100, ge=1)
     random: int | None = Field(None, ge=1, description="So many at random: a control, not a choice.")
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _list_of_judges(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
 
     @property
     def method(self) -> str:

@@ -17,6 +17,7 @@ from selfreg.activations.store import ActivationStore
 from selfreg.checks import check_recipe, check_sae_source
 from selfreg.data import TaskData, first_texts, load_task
 from selfreg.evaluation.report import ReportData, ReportFeature, write_report
+from selfreg.features.catalog import FORMAT_VERSION as CATALOG_FORMAT
 from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
 from selfreg.features.rubric import Rubric
@@ -155,19 +156,38 @@ class _Run:
 
         def work() -> dict[str, int]:
             self.tell("catalogue of what activates each feature")
-            catalog = FeatureCatalog.build(sae, self.extractor, self.data.train.texts, store=store)
-            journal = self.output / ".work"
+            train = self.data.train
+            catalog = FeatureCatalog.build(
+                sae,
+                self.extractor,
+                train.texts,
+                store=store,
+                labels=[self.data.labels[label] for label in train.labels],
+                groups=train.groups,
+            )
+            cache = self.output / ".work" / "answers.jsonl"
             if recipe.explainer is not None:
                 self.tell(f"explaining features with {_chat_name(recipe.explainer)}")
-                catalog.explain(_chat(recipe.explainer), journal=journal / "explanations.jsonl")
-            if recipe.judge is not None:
+                catalog.explain(_chat(recipe.explainer), cache=cache)
+                if any(record.explanation is not None for record in catalog):
+                    catalog.score()
+            if recipe.judge:
                 assert recipe.rubric is not None
-                self.tell(f"judging features with {_chat_name(recipe.judge)}")
-                catalog.judge(_chat(recipe.judge), recipe.rubric, journal=journal / "verdicts.jsonl")
+                self.tell(f"judging features with {', '.join(map(_chat_name, recipe.judge))}")
+                catalog.judge([_chat(judge) for judge in recipe.judge], recipe.rubric, cache=cache)
             catalog.save_pretrained(folder)
             return {"features": len(catalog)}
 
-        inputs = [self.base, sae_fingerprint(sae), store.text_fingerprint, asked, self._rubric()]
+        labels = [self.data.train.labels, self.data.train.groups, self.data.labels]
+        inputs = [
+            CATALOG_FORMAT,
+            self.base,
+            sae_fingerprint(sae),
+            store.text_fingerprint,
+            labels,
+            asked,
+            self._rubric(),
+        ]
         self.stages.run("catalog", inputs, work, outputs=(folder,))
         return FeatureCatalog.from_pretrained(folder)
 
@@ -201,7 +221,16 @@ class _Run:
                 chosen.save_pretrained(temporary)
             return {"unintended": len(chosen)}
 
-        inputs = [self.base, catalog.info, recipe.model_dump(mode="json"), self._rubric(), train.fingerprint()]
+        # Persons may have decided since the catalogue was made.
+        verdicts = [[record.feature, record.verdict] for record in catalog if record.verdict is not None]
+        inputs = [
+            self.base,
+            catalog.info,
+            recipe.model_dump(mode="json"),
+            self._rubric(),
+            train.fingerprint(),
+            verdicts,
+        ]
         _, there = self.stages.run("unintended", inputs, work, outputs=(folder,))
         chosen = UnintendedFeatures.from_pretrained(folder)
         if len(chosen) == 0:

@@ -78,7 +78,9 @@ def test_blocks_that_cannot_be_found_are_an_error() -> None:
 
 
 def test_missing_package_and_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="the package 'no_such_wheel' is not installed here .* check its spelling"):
+    with pytest.raises(
+        FileNotFoundError, match="the package 'no_such_wheel' is not installed here .* check its spelling"
+    ):
         resolve_model("package:no_such_wheel")
     with pytest.raises(FileNotFoundError, match="found neither"):
         resolve_model(str(tmp_path))

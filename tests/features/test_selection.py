@@ -140,10 +140,10 @@ def test_from_keywords(
     with caplog.at_level("WARNING"):
         assert UnintendedFeatures.from_keywords(sae, catalog, ["she"], max_features=2).feature_ids == [3, 9]
     assert "3 features peak on the keywords or name one; the 2 through which" in caplog.text
+    caplog.clear()
     chosen = UnintendedFeatures.from_keywords(sae, catalog, ["she"])
     assert chosen.feature_ids == [3, 9, 5]
     assert chosen.reasons[0] == "3 of 3 top spans peak on: she"
-    assert UnintendedFeatures.from_keywords(sae, catalog, ["she"], max_features=1).feature_ids == [3]
     assert not caplog.records
     assert len(UnintendedFeatures.from_keywords(sae, catalog, ["xylophone"])) == 0
     assert "no feature peaks on 'xylophone'" in caplog.text

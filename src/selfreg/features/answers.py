@@ -78,11 +78,15 @@ def score_catalog(
     if not wanted:
         raise ValueError("no feature has an explanation that could be scored: call explain first")
 
-    def keep(name: str, feature: int, score: Score) -> None:
-        catalog.update(feature, scores={**catalog[feature].scores, name: score})
+    def keeper(name: str) -> Callable[[int, Score], None]:
+        def keep(feature: int, score: Score) -> None:
+            catalog.update(feature, scores={**catalog[feature].scores, name: score})
 
+        return keep
+
+    keep_probe = keeper("probe")
     for feature, score in probe_scores(wanted).items():
-        keep("probe", feature, score)
+        keep_probe(feature, score)
     if chat is None:
         return
     chat = _with_cache(chat, cache)
@@ -93,7 +97,7 @@ def score_catalog(
                 wanted,
                 max_examples=max_examples,
                 progress=advance,
-                on_result=lambda feature, score, name=name: keep(name, feature, score),
+                on_result=keeper(name),
             )
 
 

@@ -42,7 +42,7 @@ def check_verdict(verdict: str) -> VerdictName:
     """
     for known in get_args(VerdictName):
         if verdict.strip().casefold() == known.casefold():
-            return known  # type: ignore[no-any-return]
+            return known
     raise ValueError(f"verdict {verdict!r} is not known: it must be one of {', '.join(VERDICTS)}")
 
 

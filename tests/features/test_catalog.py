@@ -1,15 +1,23 @@
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from conftest import tiny_backbone, word_tokenizer
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction
 from selfreg.features.activations import largest_activations
 from selfreg.features.chat import Choice, Conversation
+from selfreg.features.collect import Evidence
+from selfreg.features.directions import unembedding_of
+from selfreg.features.records import Score
 from selfreg.sae.configuration import ACTIVATION_NAMES
 
 
@@ -232,3 +240,169 @@ def test_unknown_features_are_named(
     catalog = FeatureCatalog.build(sae, extractor, texts)
     with pytest.raises(ValueError, match=r"features \[999\] are not there: the catalogue has 0 to 39"):
         catalog.explain(FailingChat(), features=[3, 999])
+
+
+def test_evidence_beyond_the_strongest_texts(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str]
+) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, [*texts, texts[0]], top_k=3)
+    dense = torch.stack([_dense(sae, extractor, text).amax(0) for text in texts])
+    words = {text_id: text.split() for text_id, text in enumerate(texts)}
+    assert any(record.near_misses for record in catalog)
+    for record in catalog:
+        activations = dense[:, record.feature]
+        assert record.num_texts == int((activations > 0).sum())
+        shown = {span.text_id for span in record.spans}
+        drawn = [span for part in record.quantile_spans for span in part]
+        assert len({span.text_id for span in drawn} | shown) == len(drawn) + len(shown)
+        assert all(len(part) <= 5 for part in record.quantile_spans)
+        if record.num_texts <= 20:  # then the quarters hold all that are not shown
+            assert len(drawn) == record.num_texts - len(shown)
+        for span in drawn:
+            assert span.activation == pytest.approx(activations[span.text_id].item(), rel=1e-4)
+        parts = [[span.activation for span in part] for part in record.quantile_spans if part]
+        for weaker, stronger in itertools.pairwise(parts):
+            assert max(weaker) <= min(stronger)
+        peaks = {words[span.text_id][span.position] for span in record.spans}
+        for span in record.near_misses:
+            assert activations[span.text_id] == 0
+            assert span.activation == 0
+            assert words[span.text_id][span.position] in peaks
+        for span in record.silent_spans:
+            assert activations[span.text_id] == 0
+        assert not {s.text_id for s in record.near_misses} & {s.text_id for s in record.silent_spans}
+
+
+def test_shares_by_label_and_group(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str]
+) -> None:
+    labels = ["ill" if i % 3 else "well" for i in range(len(texts))]
+    groups = [None if i % 5 == 0 else i % 2 for i in range(len(texts))]
+    catalog = FeatureCatalog.build(sae, extractor, texts, labels=labels, groups=groups)
+    active = torch.stack([_dense(sae, extractor, text).amax(0) > 0 for text in texts])
+    for record in catalog:
+        column = active[:, record.feature]
+        for name in ("ill", "well"):
+            members = [i for i, label in enumerate(labels) if label == name]
+            assert record.label_shares[name] == pytest.approx(column[members].double().mean().item())
+        for name in ("0", "1"):
+            members = [i for i, group in enumerate(groups) if str(group) == name]
+            assert record.group_shares[name] == pytest.approx(column[members].double().mean().item())
+    with pytest.raises(ValueError, match="there are 1 labels for 60 texts"):
+        FeatureCatalog.build(sae, extractor, texts, labels=["x"])
+
+
+def test_neighbours_and_promoted_tokens(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str]
+) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, texts)
+    # The tiny backbone's head is not tied and not there.
+    assert all(record.promoted_tokens == [] for record in catalog)
+    alive = [record.feature for record in catalog if record.spans]
+    unit = torch.nn.functional.normalize(sae.decoder_directions.detach(), dim=1)
+    for record in catalog:
+        if not record.spans:
+            continue
+        others = [feature for feature in alive if feature != record.feature]
+        cosines = (unit[others] @ unit[record.feature]).sort(descending=True).values[:5]
+        torch.testing.assert_close(torch.tensor([near.cosine for near in record.nearest]), cosines, rtol=0, atol=1e-3)
+    extractor.backbone.config.tie_word_embeddings = True
+    tied = FeatureCatalog.build(sae, extractor, texts)
+    embeddings = extractor.backbone.get_input_embeddings().weight
+    for record in tied:
+        if record.spans:
+            best = int((embeddings @ sae.decoder_directions[record.feature]).argmax())
+            assert record.promoted_tokens[0] == extractor.tokenizer.convert_ids_to_tokens(best)
+
+
+def test_head_of_an_untied_backbone_is_read_from_its_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "m")
+    found = unembedding_of(AutoModel.from_pretrained(tmp_path / "m"))
+    assert found is not None
+    torch.testing.assert_close(found, model.lm_head.weight)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="3KB")
+    found = unembedding_of(AutoModel.from_pretrained(tmp_path / "shards"))
+    assert found is not None
+    torch.testing.assert_close(found, model.lm_head.weight)
+    assert unembedding_of(tiny_backbone("bert")) is None
+
+
+def test_memory_is_of_peaks_and_not_of_texts(extractor: HiddenStateExtractor, texts: list[str]) -> None:
+    evidence = Evidence(40, torch.ones(10**6, dtype=torch.bool), top_k=3, mean_tokens=100)
+    held = [evidence.top.values, evidence.drawn.values]
+    assert sum(tensor.numel() for tensor in held) == 40 * (3 + 3 + 4 * 5)
+
+
+def test_a_folder_is_a_data_set(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, texts, labels=["a", "b"] * 30)
+    catalog.update(
+        3,
+        explanation="fever",
+        explanation_verdict="Yes",
+        scores={"probe": Score(0.75, 0.6, 0.9, 4, 5)},
+    )
+    catalog.decide(3, "no", by="Ada", reason="it is the season")
+    catalog.save_pretrained(tmp_path / "c")
+    rows = datasets.load_dataset(str(tmp_path / "c"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 40
+    assert rows[3]["explanation"] == "fever"
+    assert rows[3]["probe_score"]["balanced_accuracy"] == 0.75
+    assert rows[3]["votes"][0]["judge"] == "Ada"
+    assert rows[3]["verdict"] == "No"
+    assert FeatureCatalog.from_pretrained(tmp_path / "c").records == catalog.records
+    (tmp_path / "c" / "README.md").write_text("my own")
+    catalog.save_pretrained(tmp_path / "c")
+    assert (tmp_path / "c" / "README.md").read_text() == "my own"
+
+
+def test_pushed_as_a_data_set(
+    sae: SAEForFeatureExtraction,
+    extractor: HiddenStateExtractor,
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            sent["token"] = token
+
+        def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+            sent.update(kwargs)
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
+            shutil.copytree(folder_path, tmp_path / "sent")
+            sent.update(repo_id=repo_id, **kwargs)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    catalog = FeatureCatalog.build(sae, extractor, texts)
+    catalog.push_to_hub("me/features", private=True, token="t")
+    assert (sent["repo_id"], sent["repo_type"], sent["private"], sent["token"]) == (
+        "me/features",
+        "dataset",
+        True,
+        "t",
+    )
+    assert {path.name for path in (tmp_path / "sent").iterdir()} == {"README.md", "catalog.json", "features.parquet"}
+    assert FeatureCatalog.from_pretrained(tmp_path / "sent").records == catalog.records
+    with pytest.raises(FileNotFoundError, match="me/features is no folder on this machine, and the data set"):
+        FeatureCatalog.from_pretrained("me/features")
+
+
+def test_a_catalogue_of_an_older_format_is_told(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    catalog = FeatureCatalog.build(sae, extractor, texts[:3])
+    catalog.info["format_version"] = 1  # what is in `info` goes last into the file
+    catalog.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a catalogue of format 1, this selfreg reads 2: build it again"):
+        FeatureCatalog.from_pretrained(tmp_path)

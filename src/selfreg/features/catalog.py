@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ import torch
 from selfreg.activations.extractor import HiddenStateExtractor, check_texts
 from selfreg.activations.spec import HiddenStateSpec
 from selfreg.activations.store import ActivationStore
+from selfreg.features.card import write_card
 from selfreg.features.chat import ChatModel
 from selfreg.features.collect import Evidence
 from selfreg.features.decisions import (
@@ -31,6 +33,7 @@ from selfreg.features.votes import Agreement, agreement, split_votes
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.files import atomic_path, fingerprint_json, fingerprint_strings, read_json, write_json
+from selfreg.utils.hub import download_dataset, is_repo_id, upload_folder
 from selfreg.utils.progress import progress
 
 TABLE_NAME = "features.parquet"
@@ -307,8 +310,42 @@ class FeatureCatalog:
         """Replaces fields of one record."""
         self.records[feature] = replace(self.records[feature], **changes)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload feature catalogue",
+        revision: str | None = None,
+    ) -> str:
+        """Uploads the catalogue as a data set, which the Hub's viewer shows and `datasets.load_dataset` reads.
+
+        It holds pieces of the texts that it was built from: where those may not be published, `private=True`.
+
+        Args:
+            repo_id, private, token, commit_message, revision: as for `push_to_hub` of transformers.
+
+        Returns:
+            The address of the data set.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_folder(
+                Path(folder),
+                repo_id=repo_id,
+                repo_type="dataset",
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                revision=revision,
+            )
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `features.parquet`, one row a feature, and `catalog.json` into a folder; each whole or not at all."""
+        """Writes a folder that is a data set: `features.parquet`, one row a feature, `catalog.json` and a README.md.
+
+        Each file is whole or not there. A README.md that somebody else wrote stays as it is.
+        """
         folder = Path(save_directory)
         config = {"format_version": FORMAT_VERSION, "spec": self.spec.to_dict(), **self.info}
         # The table says what it belongs to, so that one of another catalogue beside an old catalog.json is found out.
@@ -316,16 +353,31 @@ class FeatureCatalog:
         with atomic_path(folder / TABLE_NAME) as path:
             pq.write_table(table, path)
         write_json(folder / CONFIG_NAME, config)
+        write_card(folder, self)
 
     @classmethod
-    def from_pretrained(cls, save_directory: str | os.PathLike[str]) -> "FeatureCatalog":
-        """Reads a folder that `save_pretrained` wrote.
+    def from_pretrained(
+        cls,
+        save_directory: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "FeatureCatalog":
+        """Reads a folder that `save_pretrained` wrote, or a data set that `push_to_hub` uploaded.
+
+        What a person decided in `selfreg features review` is taken from the folder's `decisions.jsonl`.
+
+        Args:
+            save_directory: the folder, or the Hub id of a data set.
+            revision, token: of the data set on the Hub.
 
         Raises:
             FileNotFoundError: it is no catalogue.
-            ValueError: it is not whole, or of a newer selfreg.
+            ValueError: it is not whole, of another format, or holds decisions on another SAE's features.
         """
         folder = Path(save_directory)
+        if not folder.exists() and is_repo_id(str(save_directory)):
+            folder = download_dataset(str(save_directory), (CONFIG_NAME, TABLE_NAME), revision=revision, token=token)
         for name in (CONFIG_NAME, TABLE_NAME):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no {name}: it is not a feature catalogue")

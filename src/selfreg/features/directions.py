@@ -4,14 +4,18 @@ Shapes: F features, D hidden size, V tokens of the vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from selfreg.features.records import Neighbour
+from selfreg.utils.files import read_json
 
 # Rows of similarities in memory: 128 MiB at most.
 _ENTRIES = 1 << 25
@@ -38,19 +42,47 @@ def nearest_features(directions_FD: Tensor, features: Sequence[int], count: int 
     return out
 
 
-def unembedding_of(backbone: PreTrainedModel) -> Tensor | None:
+def unembedding_of(backbone: PreTrainedModel, revision: str | None = None) -> Tensor | None:
     """The matrix `[V, D]` that a language model turns its last hidden states into logits with; None where it has none.
 
-    A model with a head brings it; one that `AutoModel` loads has lost its head, but where the two are tied the
-    embeddings are the same matrix. Masked language models put more than a matrix before their logits.
+    A model with a head brings it. One that `AutoModel` loads has lost its head: where the two are tied, the embeddings
+    are the same matrix, and where not, it is read from the checkpoint that the model was loaded from, if it lies on
+    this machine as safetensors. Masked language models put more than a matrix before their logits.
     """
     head = backbone.get_output_embeddings()
     if head is not None:
         return head.weight.detach()
     config = backbone.config.get_text_config()
-    if not config.tie_word_embeddings or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return None
-    return cast(Tensor, backbone.get_input_embeddings().weight).detach()
+    if config.tie_word_embeddings:
+        return cast(Tensor, backbone.get_input_embeddings().weight).detach()
+    return _stored_head(str(backbone.config.name_or_path or ""), revision)
+
+
+_HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def _stored_head(name_or_path: str, revision: str | None) -> Tensor | None:
+    options: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    options["_raise_exceptions_for_missing_entries"] = False
+    options["_raise_exceptions_for_connection_errors"] = False
+    if not name_or_path:
+        return None
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **options)
+    if index is not None:
+        files = read_json(index)["weight_map"]
+        names = {key: files[key] for key in _HEADS if key in files}
+    else:
+        names = dict.fromkeys(_HEADS, SAFE_WEIGHTS_NAME)
+    for key, name in names.items():
+        path = cached_file(name_or_path, name, **options)
+        if path is None:
+            continue
+        with safe_open(path, framework="pt") as file:
+            if key in file.keys():  # noqa: SIM118 - not a dict
+                return file.get_tensor(key)
+    return None
 
 
 @torch.inference_mode()

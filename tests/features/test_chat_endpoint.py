@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import InferenceTimeoutError
+from huggingface_hub.utils import httpx
 
 from chat_helpers import HANG_UP, KEY, CutShort, Drip, Reply, ScriptedServer, completion, scripted_server
 from selfreg.features.answer_cache import AnswerCache
@@ -160,6 +162,20 @@ class TestEndpointComplete:
         with pytest.raises(ConnectionError, match=server.url):
             chat.complete([user("x")])
         assert len(waits) == 3
+
+    def test_a_connection_that_is_never_taken(
+        self, server: ScriptedServer, waits: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As behind a firewall."""
+        chat = endpoint(server)
+
+        def never(*_arguments: Any, **_settings: Any) -> None:
+            raise InferenceTimeoutError("timed out") from httpx.ConnectTimeout("timed out")
+
+        monkeypatch.setattr("huggingface_hub.InferenceClient.chat_completion", never)
+        with pytest.raises(ConnectionError, match=f"no chat server answers at {server.url}"):
+            chat.complete([user("x")])
+        assert waits == []
 
     def test_offline_mode(self, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

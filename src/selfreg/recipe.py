@@ -115,7 +115,9 @@ class ChatRecipe(_Part):
 class FeaturesRecipe(_Part):
     """How the unintended features are chosen: by one of judge, keywords, attribute, ids."""
 
-    rubric: str | None = Field(None, description="What is a legitimate reason for a label: text, or a file.")
+    rubric: str | None = Field(
+        None, description="What is a legitimate reason for a label: a file, toxic_chat or another shipped one, or text."
+    )
     explainer: ChatRecipe | None = None
     judge: ChatRecipe | None = None
     keywords: list[str] | None = Field(None, description="Words looked for in spans and explanations.")

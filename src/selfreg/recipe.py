@@ -116,7 +116,7 @@ class FeaturesRecipe(_Part):
     """How the unintended features are chosen: by one of judge, keywords, attribute, ids."""
 
     rubric: str | None = Field(
-        None, description="What is a legitimate reason for a label: a file, toxic_chat or another shipped one, or text."
+        None, description="What is a legitimate reason for a label: a file, a shipped one such as toxic_chat, or text."
     )
     explainer: ChatRecipe | None = None
     judge: ChatRecipe | None = None

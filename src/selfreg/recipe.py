@@ -115,7 +115,9 @@ class ChatRecipe(_Part):
 class FeaturesRecipe(_Part):
     """How the unintended features are chosen: by one of judge, keywords, attribute, ids."""
 
-    rubric: str | None = Field(None, description="What is a legitimate reason for a label: text, or a file.")
+    rubric: str | None = Field(
+        None, description="What is a legitimate reason for a label: a file, a shipped one such as toxic_chat, or text."
+    )
     explainer: ChatRecipe | None = None
     judge: list[ChatRecipe] | None = Field(None, min_length=1, description="One judge, or a list of some that vote.")
     keywords: list[str] | None = Field(None, description="Words looked for in spans and explanations.")

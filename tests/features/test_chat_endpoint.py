@@ -1,4 +1,9 @@
+import json
 import logging
+import os
+import random
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -6,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import InferenceTimeoutError
+from huggingface_hub.utils import httpx
 
 from chat_helpers import HANG_UP, KEY, CutShort, Drip, Reply, ScriptedServer, completion, scripted_server
 from selfreg.features.answer_cache import AnswerCache
@@ -155,6 +162,20 @@ class TestEndpointComplete:
         with pytest.raises(ConnectionError, match=server.url):
             chat.complete([user("x")])
         assert len(waits) == 3
+
+    def test_a_connection_that_is_never_taken(
+        self, server: ScriptedServer, waits: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As behind a firewall."""
+        chat = endpoint(server)
+
+        def never(*_arguments: Any, **_settings: Any) -> None:
+            raise InferenceTimeoutError("timed out") from httpx.ConnectTimeout("timed out")
+
+        monkeypatch.setattr("huggingface_hub.InferenceClient.chat_completion", never)
+        with pytest.raises(ConnectionError, match=f"no chat server answers at {server.url}"):
+            chat.complete([user("x")])
+        assert waits == []
 
     def test_offline_mode(self, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -354,6 +375,48 @@ class TestEndpointCache:
         known = again.known_choice(user("x"), OPTIONS)
         assert known is not None
         assert known.option == "Yes"
+
+    def test_killed_again_and_again(self, server: ScriptedServer, tmp_path: Path) -> None:
+        """No call that was answered is made again, be it one of four at a time or a first answer before its repair."""
+        answered: dict[str, float] = {}
+        repeated: list[str] = []
+        killed = 0.0
+
+        def reply(body: dict[str, Any]) -> Reply:
+            messages = json.dumps(body["messages"])
+            with server.lock:
+                # What was sent in the last second before a kill may not have reached the disk.
+                if messages in answered and answered[messages] < killed - 1.0:
+                    repeated.append(messages)
+                answered[messages] = time.monotonic()
+            return completion("hm" if len(body["messages"]) == 1 else "Yes")
+
+        server.script = [reply]
+        server.delay = 0.1
+        script = (
+            "import sys; from selfreg.features.answer_cache import AnswerCache\n"
+            "from selfreg.features.chat import EndpointChatModel\n"
+            "chat = EndpointChatModel(sys.argv[1], 'tiny').with_cache(AnswerCache(sys.argv[2]))\n"
+            "questions = [[{'role': 'user', 'content': f'question {i}'}] for i in range(60)]\n"
+            "choices = chat.choose(questions, ['Yes', 'No'])\n"
+            "print(sum(choice.option == 'Yes' for choice in choices))\n"
+        )
+        command = [sys.executable, "-c", script, server.url, str(tmp_path / "answers.jsonl")]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+        rng = random.Random(0)
+        for _ in range(2):
+            before = len(server.bodies)
+            with subprocess.Popen(command, env=environment) as process:
+                while len(server.bodies) == before and process.poll() is None:
+                    time.sleep(0.01)
+                time.sleep(rng.uniform(1.2, 2.0))
+                process.kill()
+                process.wait()
+                killed = time.monotonic()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == "60\n"
+        assert repeated == []
+        assert len(answered) == 120  # each question and its repair
 
     def test_answers_in_json_and_plain_are_the_same_question(self, server: ScriptedServer, tmp_path: Path) -> None:
         """Whether the server has structured output is found out anew by each process."""

@@ -159,7 +159,9 @@ class ChatServer:
                 f"HF_HUB_OFFLINE is set, and huggingface_hub then sends nothing, not even to {self.base_url}: unset "
                 "it for this run, or use a LocalChatModel"
             ) from None
-        except InferenceTimeoutError:
+        except InferenceTimeoutError as error:
+            if isinstance(error.__cause__, httpx.ConnectTimeout):
+                raise self._unreachable("it does not take the connection") from None
             silent = ConnectionError(
                 f"the chat server at {self.base_url} did not answer within {self.timeout} s: raise timeout, or lower "
                 f"concurrency={self.concurrency}"
@@ -176,14 +178,7 @@ class ChatServer:
                 raise _Passing(refusal, error.response.headers.get("Retry-After")) from None
             raise refusal from None
         except httpx.ConnectError as error:
-            unreachable = ConnectionError(
-                f"no chat server answers at {self.base_url} ({self._clean(str(error))}). Start one, for example "
-                f"`transformers serve`, `vllm serve {self.model}` or `ollama serve`, and give its address as base_url"
-            )
-            # Before the first answer it is a wrong address, or a server that nobody started: waiting won't help.
-            if self._answered:
-                raise _Passing(unreachable, whole_server=True) from None
-            raise unreachable from None
+            raise self._unreachable(self._clean(str(error))) from None
         except httpx.HTTPError as error:
             broken = ConnectionError(
                 f"the connection to the chat server at {self.base_url} broke ({type(error).__name__})"
@@ -198,6 +193,14 @@ class ChatServer:
             )
             raise _Passing(unreadable) from None
         return self._counted(messages, self._without_key(text), output)
+
+    def _unreachable(self, why: str) -> "ConnectionError | _Passing":
+        unreachable = ConnectionError(
+            f"no chat server answers at {self.base_url} ({why}). Start one, for example `transformers serve`, "
+            f"`vllm serve {self.model}` or `ollama serve`, and give its address as base_url"
+        )
+        # Before the first answer it is a wrong address, or a server that nobody started: waiting won't help.
+        return _Passing(unreachable, whole_server=True) if self._answered else unreachable
 
     def _counted(self, messages: Conversation, text: str, output: ChatCompletionOutput) -> ServerAnswer:
         # Typed as if a server always told them; a field that it leaves out is None.

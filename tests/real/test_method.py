@@ -24,7 +24,8 @@ from selfreg import (
 )
 from selfreg.demo.notes import load_notes
 from selfreg.evaluation.classifier import FIGURES
-from selfreg.features.judge import VERDICTS
+from selfreg.features.records import VERDICTS
+from selfreg.features.rubric import Rubric
 from selfreg.run import run_recipe
 from selfreg.sae.statistics import evaluate_sae
 
@@ -130,11 +131,16 @@ def test_a_chat_model_explains_and_judges(
 ) -> None:
     catalog = FeatureCatalog.build(general_sae, extractor, notes[:160], store=store)
     spoken = [record.feature for record in catalog if len(record.spans) >= 5][:4]
-    catalog.explain(chat, features=spoken, journal=tmp_path / "explanations.jsonl")
+    catalog.explain(chat, features=spoken, cache=tmp_path / "answers.jsonl")
     assert any(catalog[feature].explanation for feature in spoken)
     explained = [feature for feature in spoken if catalog[feature].explained]
-    catalog.judge(chat, "A symptom or a finding.", features=spoken, journal=tmp_path / "verdicts.jsonl")
-    assert all(catalog[feature].verdict in VERDICTS for feature in explained)
+    if explained:
+        catalog.score(chat, features=explained, cache=tmp_path / "answers.jsonl")
+        catalog.judge(chat, "diagnosis", features=explained, cache=tmp_path / "answers.jsonl")
+    for feature in explained:
+        assert catalog[feature].verdict in VERDICTS
+        assert set(catalog[feature].label_verdicts) == set(Rubric.load("diagnosis").labels)
+        assert set(catalog[feature].scores) == {"probe", "detection", "fuzzing"}
     catalog.save_pretrained(tmp_path / "catalog")
     again = FeatureCatalog.from_pretrained(tmp_path / "catalog")
     assert [again[feature] for feature in spoken] == [catalog[feature] for feature in spoken]

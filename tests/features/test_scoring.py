@@ -410,8 +410,8 @@ class TestBalancedAccuracy:
             for q in np.linspace(0.05, 0.95, 19):
                 chance = np.outer(binom.pmf(range(n[0] + 1), n[0], p), binom.pmf(range(n[1] + 1), n[1], q))
                 coverage.append(sum(chance[k] for k, s in scores.items() if s.low <= (p + q) / 2 <= s.high))
-        assert mean(coverage) == pytest.approx(0.95, abs=0.02)
-        assert min(coverage) > 0.85
+        assert mean(coverage) == pytest.approx(0.95, abs=0.01)
+        assert min(coverage) > 0.89
 
     def test_none_of_a_kind(self) -> None:
         with pytest.raises(ValueError):

@@ -30,6 +30,7 @@ from selfreg.features.explainer import Explanation, explain_features
 from selfreg.features.judge import judge_features
 from selfreg.features.probe import probe_scores
 from selfreg.features.records import POSITIVE_VERDICTS, VERDICTS, FeatureRecord, Score
+from selfreg.features.rubric import Rubric
 from selfreg.features.scoring import detection_scores, fuzzing_scores
 from selfreg.utils.files import fingerprint_json, read_json, write_json
 
@@ -106,7 +107,8 @@ def explain(chat: ChatModel, records: list[FeatureRecord], answers: Answers) -> 
     stage = "explain"
     missing = {record.feature: record.spans for record in records if record.feature not in answers.stage(stage)}
     told(stage, missing)
-    explain_features(chat, missing, batch_size=4, on_result=answers.keep(stage))
+    near_misses = {record.feature: record.near_misses for record in records}
+    explain_features(chat, missing, near_misses=near_misses, batch_size=4, on_result=answers.keep(stage))
     found = {feature: Explanation(**answer) for feature, answer in answers.stage(stage).items()}
     return [
         replace(r, explanation=found[r.feature].text, explanation_verdict=found[r.feature].verdict) for r in records
@@ -136,7 +138,10 @@ def judge(chat: ChatModel, records: list[FeatureRecord], answers: Answers, sourc
 def ask_judge(chat: ChatModel, records: list[FeatureRecord], keep: Callable[[int, Any], None]) -> None:
     """The one call of `judge_features`; `keep` gets an answer that has a `verdict`."""
     features = {record.feature: (record.explanation or "", record.spans) for record in records}
-    judge_features(chat, features, RUBRIC, batch_size=4, on_result=keep)
+    rubric = Rubric.load(RUBRIC)
+    judge_features(
+        chat, features, rubric, reasons=False, batch_size=4, on_result=lambda feature, votes: keep(feature, votes[0])
+    )
 
 
 def told(stage: str, missing: Sequence[Any] | dict[int, Any]) -> None:

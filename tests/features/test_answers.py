@@ -67,9 +67,9 @@ def test_judges_vote_and_a_person_outranks_them(catalog: FeatureCatalog) -> None
     catalog.judge(Chat("a", "No"), "a rubric", features=[1])
     assert catalog[1].verdict == "Yes"
     assert len(catalog[1].votes) == 4
-    kappas = {(entry.first, entry.second): entry for entry in catalog.agreement()}
-    assert kappas["a", "b"].observed == 1
-    assert kappas["a", "c"].observed == 0
+    kappas = {frozenset((entry.first, entry.second)): entry for entry in catalog.agreement()}
+    assert kappas[frozenset("ab")].observed == 1
+    assert kappas[frozenset("ac")].observed == 0
     with pytest.raises(ValueError, match="each needs a name of its own"):
         catalog.judge([Chat("a"), Chat("a")], "a rubric")
     with pytest.raises(ValueError, match="verdict 'perhaps' is not known: it must be one of Yes"):

@@ -131,7 +131,6 @@ def test_a_phrase_is_one_short_line(tokenizer: PreTrainedTokenizerBase, name: st
     assert controls(tokenizer, turns) == controls(tokenizer, harmless)
 
 
-@pytest.mark.xfail(strict=True, reason="as_plain_text breaks bracketed tokens of capitals only")
 @pytest.mark.parametrize("token", ["[gMASK]", "[UNUSED_TOKEN_145]", "[control_8]"])  # GLM, InternLM, Tekken
 def test_bracketed_control_tokens_of_other_spelling(token: str) -> None:
     assert token not in as_plain_text(f"a{token}b")

@@ -80,7 +80,7 @@ def choice_tokens(options: Sequence[str]) -> int:
 
 
 # What a chat template or a fence may be made of: `<|im_end|>`, `</s>`, `<start_of_turn>`, `<<SYS>>`, `[/INST]`, ```.
-_CONTROL_STARTS = re.compile(r"<(?=\S)|\[(?=/?[A-Z_]+\])")
+_CONTROL_STARTS = re.compile(r"<(?=\S)|\[(?=/?\w*[A-Z_]\w*\])")
 _BACKTICKS = re.compile(r"`{2,}")
 _JOINERS = "\u200c\u200d"  # format characters that words and emoji are spelt with
 
@@ -95,7 +95,8 @@ def as_plain_text(text: str) -> str:
     kept = []
     for character in text:
         category = unicodedata.category(character)
-        if category == "Cf" and character not in _JOINERS:
+        if (category == "Cf" and character not in _JOINERS) or "\U000e0100" <= character <= "\U000e01ef":
+            # The latter are variation selectors beyond those of emoji: marks that nobody sees, but a model reads.
             continue
         # Zl, Zp: line ends of Unicode. Cs: halves of a character, which can't be encoded. Co: for private use.
         kept.append(" " if category in ("Cc", "Zl", "Zp", "Cs", "Co") else character)

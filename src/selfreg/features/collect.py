@@ -19,7 +19,7 @@ from selfreg.sae.modeling import SAEForFeatureExtraction
 
 NUM_QUANTILES = 4
 PER_QUANTILE = 5
-NUM_NEGATIVES = 5
+NUM_MISSES, NUM_SILENT = 8, 5
 
 _SAMPLED_TEXTS, _SAMPLED_TOKENS = 4096, 1 << 20
 _OCCURRENCES = 256

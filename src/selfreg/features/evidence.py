@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from selfreg.activations.extractor import HiddenStateExtractor
-from selfreg.features.collect import NUM_NEGATIVES, NUM_QUANTILES, PER_QUANTILE, Evidence, Peaks, Shares
+from selfreg.features.collect import NUM_MISSES, NUM_QUANTILES, NUM_SILENT, PER_QUANTILE, Evidence, Peaks, Shares
 from selfreg.features.directions import nearest_features, promoted_tokens, unembedding_of
 from selfreg.features.records import FeatureRecord
 from selfreg.features.spans import Cut, Span, cut_spans
@@ -36,8 +36,8 @@ def build_records(
         quantiles = _quantiles(drawn[feature], {text for text, _, _ in top[feature]})
         silent = evidence.sample.silent(feature)
         of_peaks = tokens[feature][: len(top[feature])]
-        misses = evidence.sample.near_misses(silent, of_peaks, NUM_NEGATIVES)
-        others = evidence.sample.silent_peaks(silent, feature, NUM_NEGATIVES, {text for text, _ in misses})
+        misses = evidence.sample.near_misses(silent, of_peaks, NUM_MISSES)
+        others = evidence.sample.silent_peaks(silent, feature, NUM_SILENT, {text for text, _ in misses})
         chosen.append((top[feature], quantiles, [(*peak, 0.0) for peak in misses], [(*peak, 0.0) for peak in others]))
     cuts = _cut_all(chosen, extractor, texts)
 

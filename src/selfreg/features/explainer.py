@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from selfreg.utils.progress import Advance
 
 MAX_PHRASE = 160
-_MAX_MISSES = 3
+MAX_MISSES = 3
+"""Near misses that the explainer is shown; scores are taken on others."""
 _MAX_BEFORE, _MAX_PEAK, _MAX_AFTER = 200, 80, 100
 _PHRASE_TOKENS = 48
 
@@ -110,8 +111,9 @@ def _quoted(span: Span) -> str:
     before = as_plain_text(span.before[-_MAX_BEFORE:])[-_MAX_BEFORE:]
     peak = as_plain_text(span.peak[:_MAX_PEAK])[:_MAX_PEAK]
     after = as_plain_text(span.after[:_MAX_AFTER])[:_MAX_AFTER]
-    # Asterisks of the text are no marks of ours; and a mark of `<<` could complete a control token: `<` + `|im_end|>`.
-    before, peak, after = (re.sub(r"\*{2,}", "*", part) for part in (before, peak, after))
+    # An asterisk of the text could pass for one of our marks; with marks of `<<` a text could complete a control
+    # token: `<` + `|im_end|>`.
+    before, peak, after = (part.replace("*", "∗") for part in (before, peak, after))
     return replace(span, before=before, peak=peak, after=after).marked("**", "**").strip()
 
 
@@ -128,7 +130,9 @@ def parse_phrase(answer: str) -> str | None:
 
 # The second is how small models say it, in the words of the question.
 _CANNOT_TELL = re.compile(
-    r"^(i |we |one )?(cannot|can't|can’t|can not|could not|unable to) tell\b|\bnothing in common\b", re.IGNORECASE
+    r"^(i |we |one )?(cannot|can't|can’t|can not|could not|unable to) tell\b"
+    r"|\bnothing in common\b|\bno(thing)? (common|shared)\b|\bnot have (anything|much) in common\b",
+    re.IGNORECASE,
 )
 
 _INTRODUCTION = (
@@ -144,7 +148,7 @@ def _explain_prompt(spans: Sequence[Span], near_misses: Sequence[Span] = ()) -> 
     if near_misses:
         content += (
             "To these it did not react, though the marked word is the same as in some above:\n\n"
-            f"{fenced_spans(near_misses[:_MAX_MISSES])}\n\n"
+            f"{fenced_spans(near_misses[:MAX_MISSES])}\n\n"
             "What do the marked words of the first texts, in their context, have in common that these lack? "
         )
     else:

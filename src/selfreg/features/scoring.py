@@ -14,7 +14,7 @@ from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, TypeAlias
 
 from selfreg.features.chat import ChatModel, Conversation, as_plain_text
-from selfreg.features.explainer import MAX_PHRASE, batched, fenced_spans
+from selfreg.features.explainer import MAX_MISSES, MAX_PHRASE, batched, fenced_spans
 from selfreg.features.records import FeatureRecord, Score
 from selfreg.features.spans import Span
 
@@ -33,7 +33,7 @@ class ScoringExamples:
 
     Attributes:
         positives (`list[Span]`): texts that activate the feature, and that the explainer was not shown.
-        negatives (`list[Span]`): texts in which it is silent. No text stands twice among both.
+        negatives (`list[Span]`): texts in which it is silent, not shown either. No text stands twice among both.
     """
 
     positives: list[Span]
@@ -56,7 +56,7 @@ class ScoringExamples:
         # By number and by wording: two texts may be the same where the span was cut from them.
         seen: set[int | str] = {key for span in record.spans for key in _identity(span)}
         positives = _in_turn(record.quantile_spans[::-1], generator, seen, max_examples)
-        negatives = _in_turn([record.near_misses, record.silent_spans], generator, seen, max_examples)
+        negatives = _in_turn([record.near_misses[MAX_MISSES:], record.silent_spans], generator, seen, max_examples)
         return cls(positives, negatives)
 
 
@@ -251,7 +251,7 @@ def _line(span: Span) -> str:
 
 def _plain(text: str) -> str:
     # Parts that are clean each can be a control token together, or a mark: `<` + `|im_end|>`, `*` + `*`.
-    return re.sub(r"\*{2,}", "*", as_plain_text(text))
+    return as_plain_text(text).replace("*", "∗")
 
 
 def _marked(before: str, peak: str, after: str) -> str:

@@ -531,3 +531,20 @@ def test_bad_endpoint_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         EndpointChatModel(**{"base_url": "http://localhost:8000/v1", "model": "tiny", **settings})
     assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_answers_nobody_any_more_ends_the_job(server: ScriptedServer) -> None:
+    server.script = [completion("fine"), (429, {"error": "quota is spent"})]
+    chat = EndpointChatModel(server.url, "m", max_retries=1, backoff_factor=0.0, concurrency=1)
+    assert chat.complete([user("a")]) == ["fine"]
+    with pytest.raises(RuntimeError, match="quota is spent"):
+        chat.complete([user(str(number)) for number in range(100)])
+    assert chat.usage.failed == 8
+    assert len(server.bodies) == 1 + 8 * 2
+
+
+def test_calls_that_fail_now_and_then_end_nothing(server: ScriptedServer) -> None:
+    bad, good = (500, {"error": "down"}), completion("fine")
+    server.script = [good, *[bad, bad, good] * 20]
+    chat = EndpointChatModel(server.url, "m", max_retries=1, backoff_factor=0.0, concurrency=1)
+    assert chat.complete([user(str(number)) for number in range(41)]) == ["fine", *["", "fine"] * 20]

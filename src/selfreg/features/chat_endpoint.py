@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 # How servers that have no `response_format` refuse it.
 _NOT_THERE = (400, 422, 501)
+_STREAK = 8
 
 
 class EndpointChatModel:
@@ -35,8 +36,8 @@ class EndpointChatModel:
 
     A conversation that the server refuses by itself (400, 413, 422, 501: content filters, too long), or that fails to
     the end, stays without an answer, which is logged and counted in `usage.failed`: the others go on. It is an error
-    where nothing was ever answered, since then a setting is wrong; where the key or the model is refused; and where
-    the server can no longer be reached.
+    where nothing was ever answered, since then a setting is wrong; where the key or the model is refused; where the
+    server can no longer be reached; and where 8 calls in a row have failed to the end, as with a quota that is spent.
 
     Args:
         base_url: of the server, such as `http://localhost:8000/v1`.
@@ -76,7 +77,7 @@ class EndpointChatModel:
             backoff_factor=backoff_factor,
         )
         self.usage = ChatUsage()
-        self._structured = _StructuredOutput()
+        self._structured, self._streak = _StructuredOutput(), _Streak()
         self._cache: AnswerCache | None = None
 
     def __repr__(self) -> str:
@@ -160,6 +161,11 @@ class EndpointChatModel:
                 return call(conversation, stop)
             except CallFailed as failure:
                 self.usage.add(failed=1)
+                # One prompt may be refused, one call may meet a bad moment; a server that answers nobody any more is
+                # not worth the retries of thousands.
+                if failure.refused_with is None and self._streak.failed() >= _STREAK:
+                    stop.set()
+                    raise failure.error from None
                 return failure
             except BaseException:
                 stop.set()
@@ -213,6 +219,7 @@ class EndpointChatModel:
             self.usage.add(cached=1)
             return known
         answer = self._send(messages, max_new_tokens, options, stop)
+        self._streak.succeeded()
         if self._cache is not None:
             self._cache.add({key: answer.text})
         self.usage.add(
@@ -242,6 +249,24 @@ class EndpointChatModel:
         elif answer.text and not self._structured.works:
             self._structured.give_up("ignores it")
         return answer
+
+
+class _Streak:
+    """Calls in a row that failed after all their retries, over all threads."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def failed(self) -> int:
+        """Counts one more; gives how many it is now."""
+        with self._lock:
+            self._count += 1
+            return self._count
+
+    def succeeded(self) -> None:
+        with self._lock:
+            self._count = 0
 
 
 class _StructuredOutput:

@@ -25,6 +25,8 @@ from selfreg import (
 )
 from selfreg.evaluation.classifier import FIGURES
 from selfreg.features.chat import Choice, Conversation
+from selfreg.features.decisions import DecisionLog
+from selfreg.features.records import Vote
 from selfreg.recipe import RecipeError
 from selfreg.run import run_recipe
 from selfreg.sae.interop import saelens
@@ -295,6 +297,15 @@ def test_features_by_a_judge_whose_server_fails_on_the_way(
     unintended = UnintendedFeatures.from_pretrained(tmp_path / "out" / "unintended")
     assert all(catalog[feature].explanation == "pronouns" for feature in unintended.feature_ids)
     assert all(catalog[feature].decided_by == "words" for feature in unintended.feature_ids)
+    assert all(record.label_shares for record in catalog)
+    # What a person decides in between counts in the next run, which asks nobody else again.
+    spared, calls = unintended.feature_ids[0], chat.calls
+    log = DecisionLog(tmp_path / "out" / "catalog", catalog.info["sae_fingerprint"])
+    log.add(spared, Vote("Ada", "Yes", person=True))
+    run_recipe(recipe)
+    now = UnintendedFeatures.from_pretrained(tmp_path / "out" / "unintended")
+    assert set(now.feature_ids) == set(unintended.feature_ids) - {spared}
+    assert chat.calls == calls
 
 
 def test_missing_layer_is_told_before_any_long_work(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from selfreg.cli.common import console
+from selfreg.cli.features import app as features_app
 from selfreg.cli.recipes import demo, run
 from selfreg.cli.sae import app as sae_app
 
@@ -36,3 +37,4 @@ def _main(
 app.command()(run)
 app.command()(demo)
 app.add_typer(sae_app, name="sae")
+app.add_typer(features_app, name="features")

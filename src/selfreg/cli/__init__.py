@@ -12,6 +12,8 @@ from selfreg.cli.sae import app as sae_app
 app = typer.Typer(
     help="Controllable text classification: keep a classifier on LLM hidden states away from what it must not use.",
     no_args_is_help=True,
+    # Else help is broken into lines where its docstring is.
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

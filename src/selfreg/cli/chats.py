@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,8 +66,8 @@ def open_chats(
     model: str | Sequence[str] | None,
     api_key_env: str | None,
     concurrency: int,
-) -> "list[tuple[str, Callable[[], LocalChatModel | EndpointChatModel]]]":
-    """Name of each chat model, and what opens it: of several on this machine only one need be in memory.
+) -> "list[Callable[[], LocalChatModel | EndpointChatModel]]":
+    """What opens each chat model: of several on this machine only one need be in memory.
 
     Raises:
         ValueError: nobody is named, or a server without a model, a model without a server, or one twice.
@@ -87,14 +88,13 @@ def open_chats(
     twice = [name for name in dict.fromkeys([*locals_, *models]) if [*locals_, *models].count(name) > 1]
     if twice:
         raise ValueError(f"{twice[0]} is named twice: each judge has one vote")
-    opened: list[tuple[str, Callable[[], LocalChatModel | EndpointChatModel]]] = []
+    opened: list[Callable[[], LocalChatModel | EndpointChatModel]] = []
     for name in models:
         assert endpoint is not None
         # Made now, since it costs nothing and tells of a missing key before hours of another judge.
         chat = EndpointChatModel(endpoint, name, api_key_env=api_key_env, concurrency=concurrency)
-        opened.append((name, lambda chat=chat: chat))
-    opened += [(name, lambda name=name: LocalChatModel(name)) for name in locals_]
-    return opened
+        opened.append(partial(_itself, chat))
+    return [*opened, *(partial(LocalChatModel, name) for name in locals_)]
 
 
 def open_one(
@@ -107,7 +107,11 @@ def open_one(
     """
     if local is not None and endpoint is not None:
         raise ValueError("one model answers: give --local MODEL or --endpoint URL --model NAME, not both")
-    return open_chats(local, endpoint, model, api_key_env, concurrency)[0][1]()
+    return open_chats(local, endpoint, model, api_key_env, concurrency)[0]()
+
+
+def _itself(chat: "EndpointChatModel") -> "EndpointChatModel":
+    return chat
 
 
 def _as_list(names: str | Sequence[str] | None) -> list[str]:
@@ -142,7 +146,7 @@ def tell_estimate(
     estimate = counting.estimate
     about = "about " if estimate.estimated else ""
     say(
-        f"{chat.name}: {estimate.calls:,} calls to make ({estimate.cached:,} are answered already), {about}"
+        f"{chat.name}: at most {estimate.calls:,} calls to make ({estimate.cached:,} are answered already), {about}"
         f"{estimate.prompt_tokens:,} tokens to read and at most {estimate.completion_tokens:,} to write"
     )
     return 0.0 if price is None else estimate.price(*price)

@@ -233,7 +233,7 @@ def judge(
     theirs. One call a feature and judge, two with reasons, and with a rubric per label so many for each label. Every
     answer is on disk at once, so that after a kill the same command asks only what is missing.
 
-    Example: selfreg features judge catalog --rubric toxic-chat --endpoint URL --model ONE --model TWO
+    Example: selfreg features judge catalog --rubric toxic_chat --endpoint URL --model ONE --model TWO
     """
     with clear_errors():
         setup()
@@ -243,7 +243,7 @@ def judge(
         what = _rubric(rubric)
         chats = open_chats(local, endpoint, model, api_key_env, concurrency)
         total = 0.0
-        for _, opened in chats:
+        for opened in chats:
             chat = opened()
             if dry_run:
 
@@ -371,9 +371,8 @@ def export(
     with clear_errors():
         setup()
         count = _open(folder).to_csv(file)
-        say(
-            f"{file}  {count:,} features; fill in person_verdict, then: selfreg features import {folder} {file} --by NAME"
-        )
+        say(f"{file}  {count:,} features")
+        say(f"fill in person_verdict, then: selfreg features import {folder} {file} --by NAME")
 
 
 @app.command(name="import")
@@ -478,8 +477,8 @@ def _known_first(record: "FeatureRecord") -> tuple[bool, bool, bool, int]:
 def _split_table(records: Sequence["FeatureRecord"]) -> Table:
     from selfreg.cli.record_view import explanation_text, printable
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("feature", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, expand=True)
+    table.add_column("feature", justify="right", no_wrap=True)
     table.add_column("explanation", no_wrap=True, overflow="ellipsis", ratio=1)
     table.add_column("votes", ratio=1)
     for record in records:

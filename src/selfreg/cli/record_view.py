@@ -51,8 +51,8 @@ def explanation_text(record: FeatureRecord) -> Text:
 
 def feature_table(records: Iterable[FeatureRecord]) -> Table:
     """One line a feature."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("feature", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, expand=True)
+    table.add_column("feature", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("explanation", ratio=1, no_wrap=True, overflow="ellipsis")
     for name in ("detect.", "fuzzing", "probe", "density"):
@@ -135,7 +135,7 @@ def _all_evidence(record: FeatureRecord, width: int) -> list[RenderableType]:
     parts: list[RenderableType] = []
     names = _QUARTERS if len(record.quantile_spans) == len(_QUARTERS) else [""] * len(record.quantile_spans)
     for name, spans in reversed(list(zip(names, record.quantile_spans, strict=True))):
-        parts += _section(f"other texts, {name}", spans, width)
+        parts += _section(f"other texts, {name}", sorted(spans, key=lambda span: -span.activation), width)
     parts += _section("silent, though they hold a word of the strongest texts (marked)", record.near_misses, width)
     return [*parts, *_section("silent, at random", record.silent_spans, width)]
 
@@ -197,7 +197,7 @@ def _votes(votes: Sequence[Vote]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column()
     for vote in votes:
-        verdict = vote.verdict or "undecided"
+        verdict: str = vote.verdict or "undecided"
         if vote.verdict is not None and 0 < (sure := vote.probabilities.get(vote.verdict, 0.0)) < 1:
             verdict += f" {sure:.2f}"
         about = "" if vote.label is None else f", for {printable(vote.label)}"

@@ -350,7 +350,8 @@ def agreement(folder: Folder) -> None:
         if any(pair.kappa is None for pair in pairs):
             say("undefined: both gave one and the same answer throughout")
         records = catalog.split_votes()
-        say(f"{len(records):,} features with a split vote" + (":" if records else ""))
+        noun = "feature" if len(records) == 1 else "features"
+        say(f"{len(records):,} {noun} with a split vote" + (":" if records else ""))
         if records:
             console.print(_split_table(records[:_TABLE_LIMIT]), highlight=False, emoji=False)
         if len(records) > _TABLE_LIMIT:

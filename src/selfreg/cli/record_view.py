@@ -95,7 +95,7 @@ def record_view(record: FeatureRecord, *, width: int, max_spans: int | None = No
 def _heading(record: FeatureRecord) -> Text:
     phrase = explanation_text(record)
     phrase.stylize("bold")
-    return Text.assemble((f"feature {record.feature}", "bold cyan"), "  ", phrase, "  ", verdict_text(record))
+    return Text.assemble((f"feature {record.feature}", "bold cyan"), "  ", phrase)
 
 
 def _facts(record: FeatureRecord, *, everything: bool) -> Iterator[RenderableType]:
@@ -125,9 +125,10 @@ def _facts(record: FeatureRecord, *, everything: bool) -> Iterator[RenderableTyp
         for label, verdict in record.label_verdicts.items():
             verdicts.append(Text.assemble(printable(label), " ", (verdict, VERDICT_STYLES[verdict])))
         table.add_row("legitimate for", Text(", ").join(verdicts))
-    if record.verdict is not None and record.decided_by is not None:
+    if record.votes:
+        by = "" if record.decided_by is None else f"  by {printable(record.decided_by)}"
         when = "" if record.decided_at is None else f", {record.decided_at}"
-        table.add_row("verdict by", Text(f"{printable(record.decided_by)}{when}"))
+        table.add_row("verdict", Text.assemble(verdict_text(record), (f"{by}{when}", "dim")))
     yield table
 
 
@@ -146,7 +147,7 @@ def _section(title: str, spans: Sequence[Span], width: int) -> list[RenderableTy
 
 def span_line(span: Span, width: int) -> Text:
     """A span on one line, its peak below that of every other one."""
-    figure = f"{span.activation:7.3g}" if span.activation else " " * 7
+    figure = f"{span.activation:7.2f}" if span.activation else " " * 7
     room = max(width - cell_len(_MARGIN) - 7 - 2, 20)
     for_before = room * 3 // 5
     before = _end_of(_inner(span.before, left=True), for_before)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     pass
 
 _VERDICTS = {"y": "Yes", "p": "Probably", "m": "Maybe", "n": "No"}
-_KEYS = "legitimate?  y Yes  p Probably  m Maybe  n No   s skip  b back  u undo  q quit  ? help"
+_COMMANDS = {"s": "skip", "b": "back", "u": "undo", "q": "quit", "?": "help"}
 _HELP = """Is this feature a legitimate reason for a label?
 
 y  Yes        p  Probably    the classifier may use it
@@ -62,8 +62,7 @@ def review(
             _walk(session)
         except (KeyboardInterrupt, EOFError):
             console.print()
-        finally:
-            _finish(session, folder, by)
+        _finish(session, folder, by)
 
 
 def _login_name() -> str:
@@ -125,7 +124,12 @@ def _show(session: ReviewSession, told: str) -> None:
     view = record_view(session.record, width=console.width, max_spans=spans)
     console.print(view, highlight=False, emoji=False)
     console.print()
-    console.print(Text(_KEYS, style="bold"))
+    console.print(_key_line())
+
+
+def _key_line() -> Text:
+    verdicts, commands = ("  ".join(f"{key} {word}" for key, word in keys.items()) for keys in (_VERDICTS, _COMMANDS))
+    return Text.assemble("legitimate? ", (verdicts, "bold"), "  ", (commands, "dim"))
 
 
 def _finish(session: ReviewSession, folder: Path, by: str) -> None:

@@ -112,10 +112,10 @@ def test_build_from_texts_with_labels_and_groups(
     ids=["explain", "score", "judge", "judge per label"],
 )
 def test_dry_run_tells_what_the_run_then_takes(arguments: list[str], folder: Path, server: ScriptedServer) -> None:
-    for feature in (1, 5):
+    for feature in (1, 3):
         vote(folder, feature)
     command, *options = arguments
-    settings = [command, folder, *options, "--endpoint", server.url, "--model", "m", "--features", "1,5"]
+    settings = [command, folder, *options, "--endpoint", server.url, "--model", "m", "--features", "1,3"]
     before = (folder / "features.parquet").read_bytes()
     told = run(*settings, "--dry-run", "--price", "1000000", "0")
     assert not server.bodies
@@ -136,7 +136,7 @@ def test_dry_run_tells_what_the_run_then_takes(arguments: list[str], folder: Pat
 
 
 def test_explain_score_judge(folder: Path, server: ScriptedServer) -> None:
-    asked = ["--endpoint", server.url, "--model", "m", "--features", "1,5,9"]
+    asked = ["--endpoint", server.url, "--model", "m", "--features", "2,3,4"]
     assert "3 of 3 features explained" in run("explain", folder, *asked)
     assert "probe: mean balanced accuracy" in run("score", folder, "--free")
     told = run("score", folder, *asked, "--examples", 2)
@@ -144,10 +144,10 @@ def test_explain_score_judge(folder: Path, server: ScriptedServer) -> None:
     told = run("judge", folder, *asked, "--rubric", RUBRIC, "--model", "n")
     assert "of 3 explained features 3 legitimate, 0 not, 0 undecided, 0 split" in told
     catalog = FeatureCatalog.from_pretrained(folder)
-    assert [vote.judge for vote in catalog[5].votes] == ["m", "n"]
-    assert catalog[5].votes[0].reason == "a word about illness"
-    assert catalog[5].verdict == "Yes"
-    assert set(catalog[5].scores) == {"probe", "detection", "fuzzing"}
+    assert [vote.judge for vote in catalog[3].votes] == ["m", "n"]
+    assert catalog[3].votes[0].reason == "a word about illness"
+    assert catalog[3].verdict == "Yes"
+    assert set(catalog[3].scores) == {"probe", "detection", "fuzzing"}
     assert catalog[0].explanation is None
 
 
@@ -171,7 +171,7 @@ def test_judges_that_disagree_are_told(folder: Path, server: ScriptedServer) -> 
     assert "m: Yes; n: No" in told
     assert "phrase 2" in run("show", folder, "--split")
     assert "phrase 3" in run("show", folder, "--unintended")
-    assert "there are none" in run("show", folder, "--undecided").replace("phrase 2", "there are none")
+    assert "phrase 2" in run("show", folder, "--undecided")
 
 
 def test_a_server_that_goes_away_loses_nothing(
@@ -265,12 +265,12 @@ def test_verdicts_on_another_sae_are_refused(folder: Path) -> None:
 
 
 def test_show_as_a_table_and_as_json(folder: Path) -> None:
-    vote(folder, 7, m="No")
+    vote(folder, 2, m="No")
     told = run("show", folder, "--limit", 3)
-    assert "phrase 7" in told.splitlines()[3]
+    assert "phrase 2" in told.splitlines()[3]
     assert "3 of " in told
-    found = json.loads(run("show", folder, 7, "--json"))
-    assert [(record["feature"], record["verdict"]) for record in found] == [(7, "No")]
+    found = json.loads(run("show", folder, 2, "--json"))
+    assert [(record["feature"], record["verdict"]) for record in found] == [(2, "No")]
     assert found[0]["spans"][0]["peak"]
     assert len(json.loads(run("show", folder, "--json"))) == sum(
         bool(r.spans) for r in FeatureCatalog.from_pretrained(folder)
@@ -278,23 +278,23 @@ def test_show_as_a_table_and_as_json(folder: Path) -> None:
 
 
 def test_all_evidence_on_a_feature(folder: Path) -> None:
-    vote(folder, 7, m="Yes 0.8", n="No 0.1")
+    vote(folder, 2, m="Yes 0.8", n="No 0.1")
     catalog = FeatureCatalog.from_pretrained(folder)
-    told = run("show", folder, 7)
+    told = run("show", folder, 2)
     for title in ("strongest texts", "strongest quarter", "silent, at random", "votes", "nearest", "active on"):
         assert title in told
     assert "m  Yes 0.80" in told
     assert "split" in told
-    for span in catalog[7].spans:
+    for span in catalog[2].spans:
         assert span.peak in told
 
 
 def test_what_strangers_wrote_does_not_steer_the_terminal(folder: Path) -> None:
-    vote(folder, 7, m="No")
+    vote(folder, 2, m="No")
     catalog = FeatureCatalog.from_pretrained(folder)
     evil = "[red]a\x1b[31mb\u202ec\rd\x00e [/nope] :package: \u2028 f"
     catalog.update(
-        7,
+        2,
         spans=[Span(0, 0, 1.0, evil, evil, evil), Span(1, 0, 0.5, "患" * 500, "者" * 500, "🤒" * 500)],
         explanation=evil,
         promoted_tokens=[evil, "", " "],
@@ -303,33 +303,32 @@ def test_what_strangers_wrote_does_not_steer_the_terminal(folder: Path) -> None:
     )
     catalog.save_pretrained(folder)
     clean = "[red]a [31mbc d e [/nope] :package: f"
-    for told in (run("show", folder), run("show", folder, 7), run("review", folder, "--by", "Ada", keys="q")):
+    for told in (run("show", folder), run("show", folder, 2), run("review", folder, "--by", "Ada", keys="q")):
         assert clean in told
         assert not {"\x1b", "\u202e", "\r", "\x00", "\u2028"} & set(told)
     from rich.cells import cell_len
 
-    assert max(map(cell_len, run("show", folder, 7).splitlines())) <= 100
+    assert max(map(cell_len, run("show", folder, 2).splitlines())) <= 100
 
 
 def test_csv_out_and_in(folder: Path, tmp_path: Path) -> None:
-    vote(folder, 7, m="Yes")
+    vote(folder, 2, m="Yes")
     table = tmp_path / "features.csv"
     assert "fill in person_verdict" in run("export", folder, table)
     with table.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        if row["feature"] == "7":
+        if row["feature"] == "2":
             row.update(person_verdict="no", person_reason="It is the gender.")
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     # An earlier verdict of the same person, which the log holds, does not come back.
-    run("review", folder, "--by", "Ada", keys="yq")
-    assert "1 verdicts of Ada taken" in run("import", folder, table, "--by", "Ada").replace(
-        "verdict of", "verdicts of"
-    )
-    record = FeatureCatalog.from_pretrained(folder)[7]
+    run("review", folder, "--only", "all", "--by", "Ada", keys="y" * 40)
+    assert decided(folder)[2] == "Yes"
+    assert "1 verdict of Ada taken" in run("import", folder, table, "--by", "Ada")
+    record = FeatureCatalog.from_pretrained(folder)[2]
     assert (record.verdict, record.decided_by, record.reason) == ("No", "Ada", "It is the gender.")
     rows[0].update(feature="99", person_verdict="Yes")
     with table.open("w", encoding="utf-8", newline="") as file:
@@ -346,27 +345,28 @@ def decided(folder: Path) -> dict[int, str | None]:
     return {record.feature: v.verdict for record in catalog for v in record.votes if v.person}
 
 
+def shown(told: str) -> list[int]:
+    """The features that a review showed, in order."""
+    return [int(line.split()[1]) for line in told.splitlines() if line.startswith("feature ")]
+
+
 def test_review_shows_first_what_matters_most(folder: Path) -> None:
     vote(folder, 4, m="Yes 0.9")
     vote(folder, 6, m="Yes 0.6")
     vote(folder, 8)
     vote(folder, 11, m="Yes 0.9", n="No 0.1")
     told = run("review", folder, "--by", "Ada", keys="ssssq")
-    shown = [int(line.split()[1]) for line in told.splitlines() if line.startswith("feature ")]
-    assert shown[:4] == [11, 8, 6, 4]
+    found = shown(told)
+    assert found[:4] == [11, 8, 6, 4]
     densities = {record.feature: record.density for record in FeatureCatalog.from_pretrained(folder)}
-    assert densities[shown[4]] == max(share for feature, share in densities.items() if feature not in shown[:4])
+    assert densities[found[4]] == max(share for feature, share in densities.items() if feature not in found[:4])
     assert "0 decided by Ada" in told
 
 
 def test_review_with_undo_back_and_help(folder: Path) -> None:
     for feature in (4, 6, 8):
         vote(folder, feature)
-    order = [
-        int(line.split()[1])
-        for line in run("review", folder, "--only", "undecided", "--by", "x", keys="ssssq").splitlines()
-        if line.startswith("feature ")
-    ]
+    order = shown(run("review", folder, "--only", "undecided", "--by", "x", keys="ssssq"))
     assert set(order) == {4, 6, 8}
     first, second, third = order
     told = run("review", folder, "--only", "undecided", "--by", "Ada", keys="bu?xyNpubmsq")
@@ -467,10 +467,10 @@ def test_a_local_model_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             return len(text.split())
 
     monkeypatch.setattr("selfreg.features.chat_local.LocalChatModel", Local)
-    vote(folder, 7)
+    vote(folder, 2)
     settings = ["judge", folder, "--rubric", RUBRIC, "--local", "a", "--local", "b"]
     told = run(*settings, "--dry-run")
     assert told.count("at most 2 calls to make") == 2
     assert "about" not in told
     run(*settings)
-    assert [v.judge for v in FeatureCatalog.from_pretrained(folder)[7].votes] == ["a", "b"]
+    assert [v.judge for v in FeatureCatalog.from_pretrained(folder)[2].votes] == ["a", "b"]

@@ -400,7 +400,7 @@ def import_(
         for feature, (verdict, reason) in found.items():
             decisions.decide(feature, verdict, reason=reason)
         catalog.save_pretrained(folder)
-        say(f"{len(found):,} verdicts of {by} taken from {file}")
+        say(f"{len(found):,} {'verdict' if len(found) == 1 else 'verdicts'} of {by} taken from {file}")
 
 
 app.command()(review)

@@ -281,7 +281,7 @@ def test_all_evidence_on_a_feature(folder: Path) -> None:
     vote(folder, 2, m="Yes 0.8", n="No 0.1")
     catalog = FeatureCatalog.from_pretrained(folder)
     told = run("show", folder, 2)
-    for title in ("strongest texts", "strongest quarter", "silent, at random", "votes", "nearest", "active on"):
+    for title in ("strongest texts", "weakest quarter", "silent, at random", "votes", "nearest", "active on"):
         assert title in told
     assert "m  Yes 0.80" in told
     assert "split" in told

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 from rich.text import Text
 
 from selfreg.cli.common import clear_errors, console, say, setup
@@ -23,8 +24,9 @@ s  skip: decide nothing      b  back to the feature before
 u  undo the last verdict     q  quit; all verdicts are saved already
 
 The word in reverse is where the feature is most active; the number before a text says how much."""
-# What a screen holds beside spans: heading, facts, votes, keys.
-_OTHER_LINES = 16
+_MOST_SPANS, _FEWEST_SPANS = 12, 3
+# Beside the view of a feature: its place, an empty line, the keys and the cursor.
+_OTHER_LINES = 4
 _CTRL_D = "\x04"
 
 
@@ -106,8 +108,6 @@ def _read_key() -> str:
 
 
 def _show(session: ReviewSession, told: str) -> None:
-    from selfreg.cli.record_view import record_view
-
     if console.is_terminal:
         console.clear()
     else:
@@ -120,16 +120,28 @@ def _show(session: ReviewSession, told: str) -> None:
         return
     place = f"{session.position + 1:,} of {len(session.features):,}, {session.num_decided:,} decided"
     console.print(Text(place, style="dim"))
-    spans = min(max(console.height - _OTHER_LINES, 4), 12)
-    view = record_view(session.record, width=console.width, max_spans=spans)
-    console.print(view, highlight=False, emoji=False)
+    lines = _OTHER_LINES + (len(told.splitlines()) + 1 if told else 0)
+    console.print(_fitting_view(session.record, console.height - lines), highlight=False, emoji=False)
     console.print()
     console.print(_key_line())
 
 
+def _fitting_view(record: "FeatureRecord", height: int) -> RenderableType:
+    """The view of a feature with as many texts as fit on the screen."""
+    from selfreg.cli.record_view import record_view
+
+    for max_spans in range(_MOST_SPANS, _FEWEST_SPANS, -1):
+        view = record_view(record, width=console.width, max_spans=max_spans)
+        if len(console.render_lines(view)) <= height:
+            return view
+    return record_view(record, width=console.width, max_spans=_FEWEST_SPANS)
+
+
 def _key_line() -> Text:
-    verdicts, commands = ("  ".join(f"{key} {word}" for key, word in keys.items()) for keys in (_VERDICTS, _COMMANDS))
-    return Text.assemble("legitimate? ", (verdicts, "bold"), "  ", (commands, "dim"))
+    line = Text("legitimate?")
+    for key, word in {**_VERDICTS, **_COMMANDS}.items():
+        line.append(" " if key != "s" else "  ").append(key, style="bold").append(f" {word}", style="dim")
+    return line
 
 
 def _finish(session: ReviewSession, folder: Path, by: str) -> None:

@@ -5,12 +5,15 @@ from typing import Annotated
 import typer
 
 from selfreg.cli.common import console
+from selfreg.cli.features import app as features_app
 from selfreg.cli.recipes import demo, run
 from selfreg.cli.sae import app as sae_app
 
 app = typer.Typer(
     help="Controllable text classification: keep a classifier on LLM hidden states away from what it must not use.",
     no_args_is_help=True,
+    # Else help is broken into lines where its docstring is.
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -36,3 +39,4 @@ def _main(
 app.command()(run)
 app.command()(demo)
 app.add_typer(sae_app, name="sae")
+app.add_typer(features_app, name="features")

@@ -8,6 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from selfreg.cli.common import clear_errors, say, setup, warn
+from selfreg.cli.inputs import (
+    Column,
+    LayerOption,
+    MaxTokens,
+    Model,
+    Revision,
+    Source,
+    Split,
+    Subfolder,
+    Texts,
+    check_output,
+    extractor_of,
+    load_sae,
+    parse_layer,
+    read_texts,
+)
 
 if TYPE_CHECKING:
     from selfreg.activations.extractor import HiddenStateExtractor
@@ -21,16 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Texts = Annotated[str, typer.Argument(help="A .jsonl, .json, .csv or .parquet (also .xz), or a data set on the Hub.")]
-Column = Annotated[str, typer.Option(help="Column of the texts.")]
-Split = Annotated[str, typer.Option(help="Split of a data set, or a slice of a file: train[:80%].")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the SAE.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Read texts up to about so many tokens.", min=1)]
-Source = Annotated[str, typer.Argument(help="A folder or a Hub id, of selfreg or any library that is known.")]
-Subfolder = Annotated[str, typer.Option(help="Which SAE of a repo that holds many.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repo.")]
-Model = Annotated[str | None, typer.Option(help="Backbone of the SAE, where the SAE does not say.")]
-LayerOption = Annotated[str | None, typer.Option(help="Layer of the SAE, where the SAE does not say.")]
 BatchSize = Annotated[int, typer.Option(help="Hidden states of a batch.", min=2)]
 Epochs = Annotated[float, typer.Option(help="Passes over the hidden states.", min=0.001)]
 Seed = Annotated[int, typer.Option(help="Of the order of the states, and of first weights where there are new ones.")]
@@ -79,9 +86,9 @@ def train(
 
         # Before the hours that it takes to come to it.
         SAEConfig(num_features=features, k=k, activation=activation)
-        _check_output(output)
-        found = _read(texts, column, split, max_tokens, max_length)
-        extractor = HiddenStateExtractor.from_pretrained(model, layer=_layer(layer), max_length=max_length)
+        check_output(output)
+        found = read_texts(texts, column, split, max_tokens, max_length)
+        extractor = HiddenStateExtractor.from_pretrained(model, layer=parse_layer(layer), max_length=max_length)
         set_seed(seed)
         config = SAEConfig(hidden_size=extractor.hidden_size, num_features=features, k=k, activation=activation)
         sae = SAEForFeatureExtraction(config)
@@ -112,10 +119,10 @@ def finetune(
     """
     with clear_errors():
         setup()
-        _check_output(output)
-        sae = _load(source, subfolder, revision, model, layer)
-        extractor = _extractor(sae)
-        found = _read(texts, column, split, max_tokens, extractor.spec.max_length)
+        check_output(output)
+        sae = load_sae(source, subfolder, revision, model, layer)
+        extractor = extractor_of(sae)
+        found = read_texts(texts, column, split, max_tokens, extractor.spec.max_length)
         _train(sae, extractor, found, output, "finetune", epochs, learning_rate, batch_size, seed)
 
 
@@ -136,9 +143,9 @@ def evaluate(
 
     with clear_errors():
         setup()
-        sae = _load(source, subfolder, revision, model, layer)
-        extractor = _extractor(sae)
-        found = _read(texts, column, split, max_tokens, extractor.spec.max_length)
+        sae = load_sae(source, subfolder, revision, model, layer)
+        extractor = extractor_of(sae)
+        found = read_texts(texts, column, split, max_tokens, extractor.spec.max_length)
         with tempfile.TemporaryDirectory() as folder:
             _tell_figures(sae, extractor.extract(found, folder), f"{len(found):,} texts")
 
@@ -163,8 +170,8 @@ def convert(
     """
     with clear_errors():
         setup()
-        _check_output(output)
-        sae = _load(source, subfolder, revision, model, layer)
+        check_output(output)
+        sae = load_sae(source, subfolder, revision, model, layer)
         if to == "saelens":
             from selfreg.sae.interop.saelens import write
 
@@ -183,71 +190,6 @@ def convert(
         )
         if to == "saelens" and (config.activation == "batch_topk" or config.prefixes):
             say("written as SAELens has it in inference: batch_topk as jumprelu, and without prefixes")
-
-
-def _check_output(output: Path) -> None:
-    """An unfinished training may lie there; anything else is not overwritten."""
-    unfinished = (output / ".work").is_dir()
-    if output.exists() and not unfinished and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already: choose another folder, or remove it")
-
-
-def _layer(layer: str) -> Any:
-    if layer == "final":
-        return layer
-    if not layer.isdigit():
-        raise ValueError(f"--layer {layer}: give the number of a block, counted from 0, or final")
-    return int(layer)
-
-
-def _read(source: str, column: str, split: str, max_tokens: int | None, max_length: int) -> list[str]:
-    from selfreg.data import first_texts, load_rows
-    from selfreg.recipe import SplitRecipe
-
-    rows = load_rows(SplitRecipe(path=source, split=split))
-    if column not in rows[0]:
-        raise ValueError(f"{source} has no column {column!r}; it has {', '.join(rows[0])}")
-    texts = [row[column] for row in rows if isinstance(row[column], str) and row[column].strip()]
-    if not texts:
-        raise ValueError(f"{source} holds no text in column {column!r}: row 0 has {rows[0][column]!r}")
-    if len(texts) < len(rows):
-        say(f"{len(rows) - len(texts)} of {len(rows)} rows hold no text in column {column!r} and are left out")
-    return first_texts(texts, max_tokens, max_length)
-
-
-def _load(
-    source: str, subfolder: str, revision: str | None, model: str | None, layer: str | None
-) -> "SAEForFeatureExtraction":
-    from selfreg.sae.modeling import SAEForFeatureExtraction
-
-    sae = SAEForFeatureExtraction.from_pretrained(source, subfolder=subfolder, revision=revision)
-    given = {"base_model_name_or_path": model, "layer": None if layer is None else _layer(layer)}
-    for name, value in given.items():
-        known = getattr(sae.config, name)
-        if value is not None and known not in (None, value):
-            option = {"base_model_name_or_path": "--model", "layer": "--layer"}[name]
-            raise ValueError(f"{source} is of {name}={known!r}, {option} says {value!r}: leave the option out")
-        if value is not None:
-            setattr(sae.config, name, value)
-    return sae
-
-
-def _extractor(sae: "SAEForFeatureExtraction") -> "HiddenStateExtractor":
-    from selfreg.activations.extractor import HiddenStateExtractor
-
-    config = sae.config
-    missing = [
-        option
-        for option, value in {"--model": config.base_model_name_or_path, "--layer": config.layer}.items()
-        if value is None
-    ]
-    if missing:
-        raise ValueError(f"the SAE does not say its backbone or layer: give {' and '.join(missing)}")
-    extractor = HiddenStateExtractor.from_sae(sae)
-    # What the SAE left open, such as the file of a backbone that is one GGUF file, is now known.
-    if config.base_model_gguf_file is None:
-        config.base_model_gguf_file = extractor.spec.gguf_file
-    return extractor
 
 
 def _train(

@@ -11,34 +11,21 @@ from selfreg.features.spans import Span
 
 pytestmark = pytest.mark.real
 
-_TEXTS = {
-    "fever": ("She has had a high ", " since Monday.", "fever"),
-    "cough": ("He came in with a dry ", " at night.", "cough"),
-}
+_FEVER = ("She has had a high ", "fever", " since Monday.")
 _OTHERS = ("The shop opens at nine.", "We walked along the river.", "The train was late again.")
 
 
-def _spans(before: str, after: str, peak: str, count: int, first: int) -> list[Span]:
-    return [Span(first + i, 4, 2.0 - i / 10, f"Note {first + i}. {before}", peak, after) for i in range(count)]
+def _fevers(count: int, first: int) -> list[Span]:
+    before, peak, after = _FEVER
+    return [Span(first + i, 9, 2.0 - i / 10, f"Note {first + i}. {before}", peak, after) for i in range(count)]
 
 
 @pytest.fixture
 def catalog() -> FeatureCatalog:
-    records = []
-    for feature, parts in enumerate(_TEXTS.values()):
-        silent = [
-            Span(90 + i, 1, 0.0, "", text.split()[0], text[len(text.split()[0]) :]) for i, text in enumerate(_OTHERS)
-        ]
-        records.append(
-            FeatureRecord(
-                feature,
-                spans=_spans(*parts, 4, 0),
-                quantile_spans=[[], [], [], _spans(*parts, 3, 10)],
-                silent_spans=silent,
-            )
-        )
+    silent = [Span(90 + i, 0, 0.0, "", *text.split(" ", 1)) for i, text in enumerate(_OTHERS)]
+    record = FeatureRecord(0, spans=_fevers(4, 0), quantile_spans=[[], [], [], _fevers(3, 10)], silent_spans=silent)
     spec = HiddenStateSpec("m", None, None, 15, 576, "text_no_sinks", None, 128)
-    return FeatureCatalog(records, spec, {"sae_fingerprint": "x", "num_texts": 20, "num_tokens": 200})
+    return FeatureCatalog([record], spec, {"sae_fingerprint": "x", "num_texts": 20, "num_tokens": 200})
 
 
 def test_explain_score_and_judge(catalog: FeatureCatalog, chat_server: tuple[str, str], tmp_path: Path) -> None:
@@ -50,7 +37,7 @@ def test_explain_score_and_judge(catalog: FeatureCatalog, chat_server: tuple[str
         # Whatever so small a model says; an explanation by hand stands in where it can't tell.
         if not record.explained:
             catalog.update(record.feature, explanation="symptoms of a cold", explanation_verdict="Yes")
-    catalog.score(chat, cache=cache, max_examples=2)
+    catalog.score(chat, cache=cache, max_examples=1)
     catalog.judge(chat, "toxic_chat", cache=cache)
     for record in catalog:
         assert record.scores["probe"].positives == 3

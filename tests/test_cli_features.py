@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import typer
+from rich.cells import cell_len
+from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -14,6 +16,7 @@ from conftest import tiny_backbone
 from helpers import make_sae
 from selfreg import FeatureCatalog, HiddenStateExtractor
 from selfreg.cli import app
+from selfreg.cli.review import _fitting_view
 from selfreg.features.decisions import with_vote
 from selfreg.features.records import Vote
 from selfreg.features.spans import Span
@@ -23,7 +26,7 @@ RUBRIC = "Legitimate: symptoms of the patient. Not legitimate: the gender of the
 
 
 def invoke(*arguments: object, keys: str | None = None) -> Any:
-    return runner.invoke(app, ["features", *map(str, arguments)], input=keys, env={"COLUMNS": "100"})
+    return runner.invoke(app, ["features", *map(str, arguments)], input=keys)
 
 
 def run(*arguments: object, keys: str | None = None) -> str:
@@ -104,6 +107,27 @@ def test_build_from_texts_with_labels_and_groups(
     assert "holds a catalogue already" in fails(*arguments)
     arguments[-1] = tmp_path / "other"
     assert "has no column 'sick'; it has text, ill, sex" in fails(*arguments, "--label", "sick")
+
+
+def test_build_that_was_stopped_goes_on(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_backbone().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_sae(HiddenStateExtractor.from_pretrained(str(tmp_path / "model"), layer=1)).save_pretrained(tmp_path / "sae")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = ["build", tmp_path / "sae", tmp_path / "texts.jsonl", "-o", tmp_path / "out"]
+
+    def stop(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FeatureCatalog, "build", stop)
+    assert invoke(*arguments).exit_code != 0
+    assert (tmp_path / "out" / ".work" / "states").is_dir()
+    monkeypatch.undo()
+    monkeypatch.setattr(HiddenStateExtractor, "iterate", stop)  # all states are there
+    assert "features active" in run(*arguments)
+    assert not (tmp_path / "out" / ".work").exists()
 
 
 @pytest.mark.parametrize(
@@ -304,11 +328,10 @@ def test_what_strangers_wrote_does_not_steer_the_terminal(folder: Path) -> None:
     catalog.save_pretrained(folder)
     clean = "[red]a [31mbc d e [/nope] :package: f"
     for told in (run("show", folder), run("show", folder, 2), run("review", folder, "--by", "Ada", keys="q")):
-        assert clean in told
+        assert clean[:15] in told  # the table cuts the rest off
         assert not {"\x1b", "\u202e", "\r", "\x00", "\u2028"} & set(told)
-    from rich.cells import cell_len
-
-    assert max(map(cell_len, run("show", folder, 2).splitlines())) <= 100
+    assert clean in run("show", folder, 2)
+    assert max(map(cell_len, run("show", folder, 2).splitlines())) <= 80
 
 
 def test_csv_out_and_in(folder: Path, tmp_path: Path) -> None:
@@ -384,6 +407,14 @@ def test_review_with_undo_back_and_help(folder: Path) -> None:
     assert f"feature {first} " not in again
     assert decided(folder) == {first: "Yes", second: "Maybe"}
     assert third not in decided(folder)
+
+
+def test_a_review_fits_the_screen(folder: Path) -> None:
+    vote(folder, 3, m="Yes 0.9", n="No 0.1")
+    console = Console(width=80, height=24)
+    record = FeatureCatalog.from_pretrained(folder)[3]
+    assert len(console.render_lines(_fitting_view(record, 20, width=80))) <= 20
+    assert len(console.render_lines(_fitting_view(record, 40, width=80))) > 20
 
 
 def test_review_to_the_end_can_still_be_undone(folder: Path) -> None:

@@ -34,6 +34,7 @@ from selfreg.cli.chats import (
 )
 from selfreg.cli.common import clear_errors, console, say, setup
 from selfreg.cli.inputs import (
+    CatalogFolder,
     Column,
     LayerOption,
     MaxTokens,
@@ -45,6 +46,7 @@ from selfreg.cli.inputs import (
     check_output,
     extractor_of,
     load_sae,
+    open_catalog,
     read_rows,
 )
 from selfreg.cli.review import review
@@ -61,7 +63,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="CATALOG", help="Folder that `selfreg features build` wrote.")]
 Which = Annotated[
     str | None, typer.Option("--features", metavar="N,N,...", help="These features only, by their numbers.")
 ]
@@ -124,7 +125,7 @@ def build(
 
 @app.command()
 def explain(
-    folder: Folder,
+    folder: CatalogFolder,
     local: Local = None,
     endpoint: Endpoint = None,
     model: ModelName = None,
@@ -145,7 +146,7 @@ def explain(
     with clear_errors():
         setup()
         check_price(price, dry_run=dry_run)
-        catalog = _open(folder)
+        catalog = open_catalog(folder)
         chosen = _numbers(features, catalog)
         chat = open_one(local, endpoint, model, api_key_env, concurrency)
         if dry_run:
@@ -168,7 +169,7 @@ def explain(
 
 @app.command()
 def score(
-    folder: Folder,
+    folder: CatalogFolder,
     free: Annotated[bool, typer.Option("--free", help="Only the score that needs no chat model.")] = False,
     local: Local = None,
     endpoint: Endpoint = None,
@@ -191,7 +192,7 @@ def score(
     with clear_errors():
         setup()
         check_price(price, dry_run=dry_run)
-        catalog = _open(folder)
+        catalog = open_catalog(folder)
         chosen = _numbers(features, catalog)
         if free:
             if dry_run or any(value is not None for value in (local, endpoint, model)):
@@ -215,7 +216,7 @@ def score(
 
 @app.command()
 def judge(
-    folder: Folder,
+    folder: CatalogFolder,
     rubric: Annotated[str, typer.Option(help="Name of a rubric that comes with selfreg, a YAML file, or a text.")],
     local: Locals = None,
     endpoint: Endpoint = None,
@@ -238,7 +239,7 @@ def judge(
     with clear_errors():
         setup()
         check_price(price, dry_run=dry_run)
-        catalog = _open(folder)
+        catalog = open_catalog(folder)
         chosen = _numbers(features, catalog)
         what = _rubric(rubric)
         chats = open_chats(local, endpoint, model, api_key_env, concurrency)
@@ -263,7 +264,7 @@ def judge(
 
 @app.command()
 def show(
-    folder: Folder,
+    folder: CatalogFolder,
     features: Annotated[
         list[int] | None, typer.Argument(metavar="[FEATURE]...", help="Show all evidence on these.", min=0)
     ] = None,
@@ -293,7 +294,7 @@ def show(
         named = [name for name, given in flags.items() if given]
         if len(named) + bool(features) > 1:
             raise ValueError("name features, or give one of --unintended, --split, --undecided")
-        catalog = _open(folder)
+        catalog = open_catalog(folder)
         if features:
             check_features(features, len(catalog), str(folder))
             records = [catalog[feature] for feature in dict.fromkeys(features)]
@@ -319,7 +320,7 @@ def show(
 
 
 @app.command()
-def agreement(folder: Folder) -> None:
+def agreement(folder: CatalogFolder) -> None:
     """How far judges, models and persons, agree on what is legitimate, and on which features they do not.
 
     Cohen's kappa of every two: 1 where they are always of one mind, 0 where they agree no more than by chance; with a
@@ -331,7 +332,7 @@ def agreement(folder: Folder) -> None:
         setup()
         from selfreg.cli.record_view import printable
 
-        catalog = _open(folder)
+        catalog = open_catalog(folder)
         pairs = catalog.agreement()
         if not pairs:
             say("no two judges have decided on the same features: give `judge` several models, or decide in `review`")
@@ -360,7 +361,7 @@ def agreement(folder: Folder) -> None:
 
 @app.command()
 def export(
-    folder: Folder, file: Annotated[Path, typer.Argument(metavar="FILE.csv", help="File that is written.")]
+    folder: CatalogFolder, file: Annotated[Path, typer.Argument(metavar="FILE.csv", help="File that is written.")]
 ) -> None:
     """Write the features as a spreadsheet, with columns for your verdicts.
 
@@ -371,14 +372,14 @@ def export(
     """
     with clear_errors():
         setup()
-        count = _open(folder).to_csv(file)
+        count = open_catalog(folder).to_csv(file)
         say(f"{file}  {count:,} features")
         say(f"fill in person_verdict, then: selfreg features import {folder} {file} --by NAME")
 
 
 @app.command(name="import")
 def import_(
-    folder: Folder,
+    folder: CatalogFolder,
     file: Annotated[Path, typer.Argument(metavar="FILE.csv", help="File of `export`, filled in.")],
     by: Annotated[str, typer.Option(metavar="NAME", help="Who decided.")],
 ) -> None:
@@ -394,7 +395,7 @@ def import_(
         from selfreg.features.decisions import read_csv
         from selfreg.features.review import DecisionMaker
 
-        catalog = _open(folder)
+        catalog = open_catalog(folder)
         decisions = DecisionMaker(catalog, folder, by=by)
         found = read_csv(file, len(catalog))
         for feature, (verdict, reason) in found.items():
@@ -404,14 +405,6 @@ def import_(
 
 
 app.command()(review)
-
-
-def _open(folder: Path) -> "FeatureCatalog":
-    from selfreg.features.catalog import FeatureCatalog
-
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}: a catalogue is made by `selfreg features build`")
-    return FeatureCatalog.from_pretrained(folder)
 
 
 def _numbers(features: str | None, catalog: "FeatureCatalog") -> list[int] | None:

@@ -10,6 +10,7 @@ from selfreg.cli.common import say
 
 if TYPE_CHECKING:
     from selfreg.activations.extractor import HiddenStateExtractor
+    from selfreg.features.catalog import FeatureCatalog
     from selfreg.sae.modeling import SAEForFeatureExtraction
 
 Texts = Annotated[str, typer.Argument(help="A .jsonl, .json, .csv or .parquet (also .xz), or a data set on the Hub.")]
@@ -20,6 +21,7 @@ Source = Annotated[str, typer.Argument(help="A folder or a Hub id, of selfreg or
 Subfolder = Annotated[str, typer.Option(help="Which SAE of a repo that holds many.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repo.")]
 Model = Annotated[str | None, typer.Option(help="Backbone of the SAE, where the SAE does not say.")]
+CatalogFolder = Annotated[Path, typer.Argument(metavar="CATALOG", help="Folder that `selfreg features build` wrote.")]
 LayerOption = Annotated[str | None, typer.Option(help="Layer of the SAE, where the SAE does not say.")]
 
 
@@ -103,3 +105,12 @@ def extractor_of(sae: "SAEForFeatureExtraction") -> "HiddenStateExtractor":
     if config.base_model_gguf_file is None:
         config.base_model_gguf_file = extractor.spec.gguf_file
     return extractor
+
+
+def open_catalog(folder: Path) -> "FeatureCatalog":
+    """The catalogue in a folder, with what persons have decided."""
+    from selfreg.features.catalog import FeatureCatalog
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: a catalogue is made by `selfreg features build`")
+    return FeatureCatalog.from_pretrained(folder)

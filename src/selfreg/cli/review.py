@@ -2,17 +2,18 @@
 
 import getpass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import RenderableType
 from rich.text import Text
 
 from selfreg.cli.common import clear_errors, console, say, setup
-from selfreg.features.review import DecisionMaker, ReviewSession, Selection, review_order, select
+from selfreg.cli.inputs import CatalogFolder, open_catalog
 
 if TYPE_CHECKING:
-    pass
+    from selfreg.features.records import FeatureRecord
+    from selfreg.features.review import ReviewSession
 
 _VERDICTS = {"y": "Yes", "p": "Probably", "m": "Maybe", "n": "No"}
 _COMMANDS = {"s": "skip", "b": "back", "u": "undo", "q": "quit", "?": "help"}
@@ -31,9 +32,10 @@ _CTRL_D = "\x04"
 
 
 def review(
-    folder: Annotated[Path, typer.Argument(metavar="CATALOG", help="Folder that `selfreg features build` wrote.")],
+    folder: CatalogFolder,
     only: Annotated[
-        Selection | None, typer.Option(help="Only these; `all` shows those again that you have decided.")
+        Literal["split", "undecided", "unintended", "all"] | None,
+        typer.Option(help="Only these; `all` shows those again that you have decided."),
     ] = None,
     by: Annotated[str | None, typer.Option(metavar="NAME", help="Who decides; your login name, if left out.")] = None,
 ) -> None:
@@ -48,11 +50,9 @@ def review(
     """
     with clear_errors():
         setup()
-        from selfreg.features.catalog import FeatureCatalog
+        from selfreg.features.review import DecisionMaker, ReviewSession, review_order, select
 
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}: a catalogue is made by `selfreg features build`")
-        catalog = FeatureCatalog.from_pretrained(folder)
+        catalog = open_catalog(folder)
         by = _login_name() if by is None else by
         decisions = DecisionMaker(catalog, folder, by=by)
         records = review_order(catalog.records, by=by) if only is None else select(catalog, only)
@@ -74,7 +74,7 @@ def _login_name() -> str:
         raise ValueError("who decides? Give --by NAME") from None
 
 
-def _walk(session: ReviewSession) -> None:
+def _walk(session: "ReviewSession") -> None:
     told = ""
     while True:
         _show(session, told)
@@ -107,7 +107,7 @@ def _read_key() -> str:
     return key.lower()
 
 
-def _show(session: ReviewSession, told: str) -> None:
+def _show(session: "ReviewSession", told: str) -> None:
     if console.is_terminal:
         console.clear()
     else:
@@ -121,20 +121,22 @@ def _show(session: ReviewSession, told: str) -> None:
     place = f"{session.position + 1:,} of {len(session.features):,}, {session.num_decided:,} decided"
     console.print(Text(place, style="dim"))
     lines = _OTHER_LINES + (len(told.splitlines()) + 1 if told else 0)
-    console.print(_fitting_view(session.record, console.height - lines), highlight=False, emoji=False)
+    console.print(
+        _fitting_view(session.record, console.height - lines, width=console.width), highlight=False, emoji=False
+    )
     console.print()
     console.print(_key_line())
 
 
-def _fitting_view(record: "FeatureRecord", height: int) -> RenderableType:
+def _fitting_view(record: "FeatureRecord", height: int, *, width: int) -> RenderableType:
     """The view of a feature with as many texts as fit on the screen."""
     from selfreg.cli.record_view import record_view
 
     for max_spans in range(_MOST_SPANS, _FEWEST_SPANS, -1):
-        view = record_view(record, width=console.width, max_spans=max_spans)
+        view = record_view(record, width=width, max_spans=max_spans)
         if len(console.render_lines(view)) <= height:
             return view
-    return record_view(record, width=console.width, max_spans=_FEWEST_SPANS)
+    return record_view(record, width=width, max_spans=_FEWEST_SPANS)
 
 
 def _key_line() -> Text:
@@ -144,10 +146,10 @@ def _key_line() -> Text:
     return line
 
 
-def _finish(session: ReviewSession, folder: Path, by: str) -> None:
+def _finish(session: "ReviewSession", folder: Path, by: str) -> None:
     count = session.num_decided
     if session.changed:
         # As it is on disk now, and not as it was when it was opened: a judge may have saved votes meanwhile. Reading
         # it takes in the verdicts, which are beside it.
-        type(session.decisions.catalog).from_pretrained(folder).save_pretrained(folder)
+        open_catalog(folder).save_pretrained(folder)
     say(f"{count:,} decided by {by}, saved in {folder}; {session.num_open:,} of {len(session.features):,} left")

@@ -98,7 +98,7 @@ def test_build_from_texts_with_labels_and_groups(
     told = run(*arguments, "--label", "ill", "--group", "sex", "--top-k", 3)
     assert "of 40 features active" in told
     assert f"tokens of {len(texts)} texts" in told
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"features.parquet", "catalog.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"features.parquet", "catalog.json", "README.md"}
     catalog = FeatureCatalog.from_pretrained(tmp_path / "out")
     active = next(record for record in catalog if record.spans)
     assert set(active.label_shares) == {"yes", "no"}

@@ -219,3 +219,18 @@ def test_spreadsheet_out_and_in(catalog: FeatureCatalog, tmp_path: Path) -> None
     (tmp_path / "c.csv").write_text("feature,verdict\n1,Yes\n")
     with pytest.raises(ValueError, match="has no column person_verdict"):
         catalog.read_csv(tmp_path / "c.csv", by="Ada")
+
+
+def test_what_was_decided_last_counts_wherever_it_is_kept(catalog: FeatureCatalog, tmp_path: Path) -> None:
+    from selfreg.features.decisions import DecisionLog
+
+    log = DecisionLog(tmp_path, "x")
+    old, older = (Vote("Ada", verdict, person=True, at=f"2026-01-0{day}") for verdict, day in (("No", 2), ("Yes", 1)))
+    catalog.save_pretrained(tmp_path)
+    log.add(3, older)
+    log.add(3, old)
+    log.add(3, older)  # the second was undone
+    assert FeatureCatalog.from_pretrained(tmp_path)[3].verdict == "Yes"
+    catalog.decide(3, "Maybe", by="Ada")
+    catalog.save_pretrained(tmp_path)
+    assert FeatureCatalog.from_pretrained(tmp_path)[3].verdict == "Maybe"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selfreg.cli.common import errors, say, warn
+from selfreg.features.chat import ChatError
 
 if TYPE_CHECKING:
     from selfreg.features.catalog import FeatureCatalog
@@ -182,7 +183,7 @@ def saved(catalog: "FeatureCatalog", folder: Path) -> Iterator[None]:
             errors.print()
             warn("stopped; " + (hint or "nothing was answered yet"))
             raise typer.Exit(130) from error
-        if isinstance(error, OSError | RuntimeError | ValueError) and not os.environ.get("SELFREG_TRACEBACK"):
+        if isinstance(error, OSError | ChatError | ValueError) and not os.environ.get("SELFREG_TRACEBACK"):
             raise ValueError(f"{error}\n{hint}".rstrip()) from error
         if hint:
             warn(hint)

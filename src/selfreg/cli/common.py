@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from selfreg.features.chat import ChatError
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -33,7 +35,7 @@ def clear_errors() -> Iterator[None]:
     """A user's mistake is one message, not a traceback; SELFREG_TRACEBACK=1 shows it all the same."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ChatError) as error:
         if os.environ.get("SELFREG_TRACEBACK"):
             raise
         errors.print("[bold red]error[/bold red] ", end="")

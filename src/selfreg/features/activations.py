@@ -5,6 +5,7 @@ Shapes: N tokens, K active features of a token, T texts, F features, P pairs of 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class EncodedChunk:
     indices_NK: Tensor
     num_features: int
 
+    @cached_property
     def keys(self) -> Tensor:
         """Where the feature of each entry stands in `[T, F]` when that is flat, `[N, K]`."""
         return self.texts_N.unsqueeze(1) * self.num_features + self.indices_NK
@@ -44,7 +46,7 @@ class EncodedChunk:
     def maxima(self) -> Tensor:
         """The largest activation of each feature in each text, `[T, F]`; 0 where it is silent."""
         out = torch.zeros(self.num_texts * self.num_features)
-        out.scatter_reduce_(0, self.keys().flatten(), self.values_NK.flatten(), "amax")
+        out.scatter_reduce_(0, self.keys.flatten(), self.values_NK.flatten(), "amax")
         return out.view(self.num_texts, self.num_features)
 
 

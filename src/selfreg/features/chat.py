@@ -23,6 +23,10 @@ class Message(TypedDict):
 Conversation: TypeAlias = Sequence[Message]
 
 
+class ChatError(RuntimeError):
+    """A chat server refused a call, or answered with something else than it should."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The answer to a question with a fixed set of answers.

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from selfreg.features.answer_cache import AnswerCache, answer_key
 from selfreg.features.chat import (
+    ChatError,
     Choice,
     Conversation,
     check_conversations,
@@ -117,7 +118,7 @@ class EndpointChatModel:
 
         Raises:
             ConnectionError: the server can't be reached, or stopped answering.
-            RuntimeError: it refused the key or the model, or has never answered in the form of OpenAI's.
+            ChatError: it refused the key or the model, or has never answered in the form of OpenAI's.
         """
         check_conversations(conversations)
         if max_new_tokens < 1:
@@ -136,7 +137,7 @@ class EndpointChatModel:
 
         Raises:
             ValueError: options that repeat or are empty.
-            ConnectionError, RuntimeError: as `complete`.
+            ConnectionError, ChatError: as `complete`.
         """
         check_options(options)
         check_conversations(conversations)
@@ -156,7 +157,7 @@ class EndpointChatModel:
 
         def guarded(conversation: Conversation) -> _T | CallFailed:
             if stop.is_set():
-                return CallFailed(RuntimeError("not sent, since another call ended it all"))
+                return CallFailed(ChatError("not sent, since another call ended it all"))
             try:
                 return call(conversation, stop)
             except CallFailed as failure:

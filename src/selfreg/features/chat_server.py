@@ -22,7 +22,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from urllib3.exceptions import InvalidHeader, MaxRetryError
 from urllib3.util.retry import Retry
 
-from selfreg.features.chat import Conversation, as_plain_text
+from selfreg.features.chat import ChatError, Conversation, as_plain_text
 from selfreg.features.chat_usage import estimate_tokens
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class ChatServer:
         Raises:
             CallFailed: this conversation gets no answer.
             ConnectionError: the server can't be reached, and waiting does not help or did not.
-            RuntimeError: the server refuses every call: wrong key, no such model.
+            ChatError: the server refuses every call: wrong key, no such model.
         """
         retry = Retry(
             total=self.max_retries,
@@ -170,7 +170,7 @@ class ChatServer:
         except HfHubHTTPError as error:
             self._answered = True
             # Not chained: the library's message repeats what the server says, and some servers repeat the key.
-            refusal = RuntimeError(self._refusal(error))
+            refusal = ChatError(self._refusal(error))
             status = error.response.status_code
             if status in _REFUSALS:
                 raise CallFailed(refusal, status) from None
@@ -186,7 +186,7 @@ class ChatServer:
             raise _Passing(broken) from None
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             # How huggingface_hub fails, and `_text_of`, on a body that is cut off or not of the known form.
-            unreadable = RuntimeError(
+            unreadable = ChatError(
                 f"the chat server at {self.base_url} answered with something else than a chat completion "
                 f"({type(error).__name__}): is it an OpenAI-compatible server, and base_url the part before "
                 "/chat/completions?"
@@ -197,7 +197,7 @@ class ChatServer:
     def _unreachable(self, why: str) -> "ConnectionError | _Passing":
         unreachable = ConnectionError(
             f"no chat server answers at {self.base_url} ({why}). Start one, for example `transformers serve`, "
-            f"`vllm serve {self.model}` or `ollama serve`, and give its address as base_url"
+            f"`vllm serve {self.model}` or `ollama serve`, and give its address as base_url (--endpoint)"
         )
         # Before the first answer it is a wrong address, or a server that nobody started: waiting won't help.
         return _Passing(unreachable, whole_server=True) if self._answered else unreachable
@@ -220,7 +220,7 @@ class ChatServer:
             where = f"the variable {self.api_key_env}" if self.api_key_env else "api_key_env, which names no variable"
             hint = f"; check the key in {where}"
         elif status == 404:
-            hint = "; check the name of the model and base_url"
+            hint = "; check the name of the model and base_url (--endpoint)"
         return f"the chat server at {self.base_url} answered {status} for the model {self.model!r}: {said!r}{hint}"
 
     def _clean(self, message: str) -> str:

@@ -120,7 +120,12 @@ class TextSample:
         self.positions = np.concatenate([*self._positions, empty])
         self.first_rows = np.searchsorted(self.numbers, np.arange(self._num_texts + 1))
         self.order = np.argsort(self.tokens, kind="stable")
-        self.sorted_tokens = self.tokens[self.order]
+        kinds, starts = np.unique(self.tokens[self.order], return_index=True)
+        ends = np.minimum(np.append(starts[1:], len(self.order)), starts + _OCCURRENCES)
+        self.ranges = {
+            token: (start, end)
+            for token, start, end in zip(kinds.tolist(), starts.tolist(), ends[: len(kinds)].tolist(), strict=True)
+        }
 
     def silent(self, feature: int) -> NDArray[np.bool_]:
         """In which of the sampled texts the feature is silent, `[S]`."""
@@ -132,8 +137,8 @@ class TextSample:
         """Texts and positions of some of `tokens` where the feature is silent; no text twice, tokens in turn."""
         found: list[list[int]] = []
         for token in dict.fromkeys(tokens):
-            start, end = np.searchsorted(self.sorted_tokens, [token, token + 1])
-            rows = self.order[start : min(end, start + _OCCURRENCES)]
+            start, end = self.ranges.get(token, (0, 0))
+            rows = self.order[start:end]
             rows = rows[silent[self.numbers[rows]]]
             if len(rows):
                 found.append(rows[:count].tolist())
@@ -242,7 +247,7 @@ class Evidence:
             self._update(chunk, shard)
 
     def _update(self, chunk: EncodedChunk, shard: StoreShard) -> None:
-        values, keys = chunk.values_NK.flatten(), chunk.keys().flatten()
+        values, keys = chunk.values_NK.flatten(), chunk.keys.flatten()
         active = values > 0
         flat = chunk.indices_NK.flatten()[active]
         self.counts_F += torch.bincount(flat, minlength=self.num_features)

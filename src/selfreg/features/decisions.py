@@ -90,6 +90,9 @@ class DecisionLog:
         """
         if not self.path.exists():
             return
+        # Of each feature, person and label: the last line, and when the latest of all of them was decided.
+        last: dict[tuple[int, str, str | None], tuple[Vote, bool]] = {}
+        latest: dict[tuple[int, str, str | None], str] = {}
         for text in self.path.read_text(encoding="utf8").splitlines():
             try:
                 line: dict[str, Any] = json.loads(text)
@@ -100,10 +103,17 @@ class DecisionLog:
                     f"{self.path} holds verdicts on the features of another SAE: move the file away, or build the "
                     "catalogue of that SAE again"
                 )
-            feature, vote = line["feature"], Vote(**line["vote"])
-            check_features([feature], len(records), str(self.path))
-            change = without_vote if line["undone"] else with_vote
-            records[feature] = change(records[feature], vote)
+            vote = Vote(**line["vote"])
+            check_features([line["feature"]], len(records), str(self.path))
+            key = (line["feature"], vote.judge, vote.label)
+            last[key] = (vote, line["undone"])
+            latest[key] = max(latest.get(key, ""), vote.at)
+        for key, (vote, undone) in last.items():
+            record = records[key[0]]
+            saved = [other for other in record.votes if other not in _without(record, vote)]
+            if any(other.at > latest[key] for other in saved):
+                continue  # decided again since, by other means than this file
+            records[key[0]] = (without_vote if undone else with_vote)(record, vote)
 
 
 def check_features(features: Iterable[int], count: int, where: str) -> None:
@@ -124,7 +134,6 @@ def write_csv(records: Iterable[FeatureRecord], path: str | os.PathLike[str]) ->
         for record in records:
             if not record.spans:
                 continue
-            own = next((vote for vote in reversed(record.votes) if vote.person and vote.label is None), None)
             row = {
                 "feature": record.feature,
                 "explanation": record.explanation,
@@ -136,8 +145,9 @@ def write_csv(records: Iterable[FeatureRecord], path: str | os.PathLike[str]) ->
                 "split_vote": "yes" if settle(record.votes).split else "",
                 "promoted_tokens": " ".join(record.promoted_tokens),
                 "spans": "\n".join(span.marked().replace("\n", " ") for span in record.spans[:_SPANS_SHOWN]),
-                "person_verdict": own.verdict if own else None,
-                "person_reason": own.reason if own else None,
+                # Empty, though somebody may have decided: whoever fills the file in, it is taken for theirs.
+                "person_verdict": None,
+                "person_reason": None,
             }
             writer.writerow({name: _harmless(value) for name, value in row.items()})
             count += 1

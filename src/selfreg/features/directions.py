@@ -17,8 +17,8 @@ from transformers.utils.hub import cached_file
 from selfreg.features.records import Neighbour
 from selfreg.utils.files import read_json
 
-# Rows of similarities in memory: 128 MiB at most.
-_ENTRIES = 1 << 25
+# Of similarities in memory: 64 MiB.
+_ENTRIES = 1 << 24
 
 
 @torch.inference_mode()
@@ -102,9 +102,12 @@ def promoted_tokens(
     out: dict[int, list[str]] = {}
     texts: dict[int, str] = {}
     step = max(1, _ENTRIES // len(weight_VD))
+    # One buffer for all: fresh memory costs more in page faults than what is written to it.
+    buffer = weight_VD.new_empty(step, len(weight_VD))
     for start in range(0, len(ids), step):
         some = ids[start : start + step]
-        logits = directions_FD[some.to(directions_FD.device)].to(weight_VD) @ weight_VD.T
+        logits = buffer[: len(some)]
+        torch.mm(directions_FD[some.to(directions_FD.device)].to(weight_VD), weight_VD.T, out=logits)
         for feature, tokens in zip(some.tolist(), logits.topk(count, dim=1).indices.tolist(), strict=True):
             for token in tokens:
                 if token not in texts:

@@ -4,13 +4,16 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
+
+from tokenizers import Encoding
 
 from selfreg.activations.extractor import HiddenStateExtractor
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 10, 5
 _MAX_WORD = 20
-# Texts whose offsets are in memory at a time.
-_BATCH = 512
+# Peaks that are cut together: their texts are tokenised in one call, which the tokenizer spreads over threads.
+_BATCH = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,13 @@ def cut_spans(
         # The peaks of the next texts, a batch of texts at a time.
         ids = sorted({text_id for text_id, _ in peaks[start : start + _BATCH]})
         end = bisect_right(peaks, (ids[-1], 1 << 62), lo=start)
-        encoded = extractor.tokenizer([texts[i] for i in ids], return_offsets_mapping=True, verbose=False)
+        encoded = extractor.tokenizer([texts[i] for i in ids], return_attention_mask=False, verbose=False)
+        # Of the few tokens that are asked for, the encodings tell the offsets faster than as lists of all of them.
+        encodings = cast(list[Encoding], encoded.encodings)
         cutters = {}
-        for text_id, tokens, offsets in zip(ids, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        for text_id, tokens, encoding in zip(ids, encoded["input_ids"], encodings, strict=True):
             _, first, last = layout.wrap(tokens)
-            cutters[text_id] = _Cutter(texts[text_id], offsets[layout.num_leading :][: last - first], first)
+            cutters[text_id] = _Cutter(texts[text_id], encoding, layout.num_leading, last - first, first)
         for text_id, position in peaks[start:end]:
             yield cutters[text_id].cut(position)
         start = end
@@ -79,25 +84,32 @@ class _Cutter:
 
     Args:
         text: the text.
-        offsets: first and one past the last character of each of its tokens.
-        start: position of its first token in the prompt.
+        encoding: its tokens, with the special ones around them.
+        leading: special tokens before its own.
+        count: tokens of its own that are in the prompt.
+        start: position of the first of them there.
     """
 
-    def __init__(self, text: str, offsets: Sequence[tuple[int, int]], start: int) -> None:
-        self.text, self.offsets, self.start = text, offsets, start
+    def __init__(self, text: str, encoding: Encoding, leading: int, count: int, start: int) -> None:
+        self.text, self.start = text, start
+        self._encoding, self._leading, self._count = encoding, leading, count
         self._blanks = [match.start() for match in re.finditer(r"\s", text)]
 
     def cut(self, position: int) -> Cut:
         index = position - self.start
-        if not 0 <= index < len(self.offsets):
+        if not 0 <= index < self._count:
             # A token of the template or a special one, which only token_rule="all" lets through.
             return "", "", self.text[:80]
-        begin, end = self.offsets[index]
+        begin, end = self._offsets(index)
         while begin < end and self.text[begin].isspace():
             begin += 1
-        left = self._word_start(self.offsets[max(0, index - _TOKENS_BEFORE)][0])
-        right = self._word_end(self.offsets[min(len(self.offsets) - 1, index + _TOKENS_AFTER)][1])
+        left = self._word_start(self._offsets(max(0, index - _TOKENS_BEFORE))[0])
+        right = self._word_end(self._offsets(min(self._count - 1, index + _TOKENS_AFTER))[1])
         return self.text[left:begin], self.text[begin:end], self.text[end:right]
+
+    def _offsets(self, index: int) -> tuple[int, int]:
+        """First and one past the last character of a token; nothing at the beginning for one that stands for none."""
+        return self._encoding.token_to_chars(index + self._leading) or (0, 0)
 
     def _word_start(self, index: int) -> int:
         """Back to where the word begins, unless it is longer than any word."""

@@ -116,7 +116,7 @@ def check(sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: 
 
 
 class PeakMemory:
-    """The most memory that the process held beyond what it held at the start, bytes, sampled 100 times a second.
+    """The most memory that the process held beyond what it held at the start, bytes, sampled 20 times a second.
 
     What is mapped from the store's files does not count: it is the page cache's.
     """
@@ -139,7 +139,7 @@ class PeakMemory:
         return memory.rss - memory.shared - self._start
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.01):
+        while not self._stop.wait(0.05):
             self.gained = max(self.gained, self._private())
 
 

@@ -54,7 +54,7 @@ def test_defaults() -> None:
         ({"features": {"ids": [1], "attribute": "g"}}, "given: attribute, ids"),
         ({"features": {"judge": {"local": "m"}}}, "judge needs explainer and rubric"),
         ({"features": {"judge": {"endpoint": "http://x"}}}, "endpoint needs model"),
-        ({"baselines": ["plain", "magic"]}, "baseline 'magic' is not known; there are plain, l2, leace"),
+        ({"baselines": ["plain", "magic"]}, "baseline 'magic' is not known; there are plain, l2, dropout"),
         ({"task": "regression"}, "task: .*'single_label'"),
     ],
 )

@@ -27,7 +27,7 @@ from selfreg.evaluation.classifier import FIGURES
 from selfreg.features.chat import Choice, Conversation
 from selfreg.features.decisions import DecisionLog
 from selfreg.features.records import Vote
-from selfreg.recipe import RecipeError
+from selfreg.recipe import BASELINES, RecipeError
 from selfreg.run import run_recipe
 from selfreg.sae.interop import saelens
 
@@ -116,7 +116,7 @@ def test_whole_run_and_what_it_leaves(folder: Path, tmp_path: Path) -> None:
     assert {"fvu", "l0", "dead_fraction"} <= set(metrics["sae"])
     assert set(metrics["features"]) == {"total", "explained", "unintended"}
     assert metrics["features"]["unintended"] == 6
-    assert list(metrics["methods"]) == ["selfreg", "plain", "l2", "leace"]
+    assert list(metrics["methods"]) == ["selfreg", *BASELINES]
     for method in metrics["methods"].values():
         assert set(method) == {"test", "shifted"}
         for figures in method.values():
@@ -422,3 +422,19 @@ def test_cut_texts_are_told(folder: Path, tmp_path: Path, caplog: pytest.LogCapt
     lines: list[str] = []
     run_recipe(Recipe.from_dict(recipe), tell=lines.append)
     assert any("160 of 160 texts of train fill backbone.max_length=4 tokens" in line for line in lines)
+
+
+def test_each_part_by_itself(folder: Path, tmp_path: Path) -> None:
+    parts = ["plain", "removal_only", "penalty_only", "dependence_only", "projection"]
+    long = {"epochs": 20, "learning_rate": 1e-2}  # enough steps for a line of the log
+    metrics = run_recipe(Recipe.from_dict(values(folder, tmp_path / "out", baselines=parts, classifier=long)))
+    figures = {name: metrics["methods"][name]["test"] for name in ("selfreg", *parts)}
+    assert figures["projection"]["unintended_use"] == pytest.approx(0, abs=1e-6)
+    assert figures["penalty_only"]["unintended_use"] < figures["plain"]["unintended_use"]
+    histories = {}
+    for name in parts:
+        mark = json.loads((tmp_path / "out" / ".stages" / f"method-{name}.json").read_text())
+        histories[name] = mark["result"]["history"]
+    assert len({json.dumps(figures[name]) for name in figures}) == len(figures)
+    assert any("dependence" in row for row in histories["dependence_only"])
+    assert not any("dependence" in row for row in histories["penalty_only"])

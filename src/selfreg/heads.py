@@ -1,6 +1,7 @@
 """Trains and measures the controlled classifier and its baselines, one after the other, on the same cached states."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,14 @@ from selfreg.features.selection import UnintendedFeatures
 from selfreg.recipe import Recipe
 from selfreg.utils.files import atomic_folder
 from selfreg.utils.trainer import StepProgress
+
+_OFF = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
+# Each of the three parts of selfreg by itself.
+_PARTS: dict[str, dict[str, Any]] = {
+    "removal_only": {**_OFF, "remove_unintended": True},
+    "penalty_only": {name: value for name, value in _OFF.items() if name != "penalty_weight"},
+    "dependence_only": {name: value for name, value in _OFF.items() if name != "dependence_weight"},
+}
 
 
 class Heads:
@@ -64,6 +73,9 @@ class Heads:
 
     @cached_property
     def classifier(self) -> RegularizedSequenceClassifier:
+        return self._new_classifier()
+
+    def _new_classifier(self) -> RegularizedSequenceClassifier:
         return RegularizedSequenceClassifier.from_backbone(
             self.extractor(),
             None,
@@ -74,18 +86,21 @@ class Heads:
 
     @cached_property
     def with_removal(self) -> dict[str, PooledStates]:
-        return self._pool()
+        return self._pool(remove=True)
 
     @cached_property
     def without_removal(self) -> dict[str, PooledStates]:
-        config = self.classifier.config
-        remove, config.remove_unintended = config.remove_unintended, False
-        try:
-            return self._pool()
-        finally:
-            config.remove_unintended = remove
+        return self._pool(remove=False)
 
-    def _pool(self) -> dict[str, PooledStates]:
+    def _pool(self, *, remove: bool) -> dict[str, PooledStates]:
+        config = self.classifier.config
+        as_it_was, config.remove_unintended = config.remove_unintended, remove
+        try:
+            return self._pooled()
+        finally:
+            config.remove_unintended = as_it_was
+
+    def _pooled(self) -> dict[str, PooledStates]:
         data = self.data
         return {
             part.name: self.classifier.pooled_states(self.stores[part.name], part.labels)
@@ -98,8 +113,12 @@ class Heads:
         callbacks = [StepProgress(f"classifier {name}")]
         set_seed(self.recipe.seed)
         head: FittedHead | None
-        if name == "selfreg":
-            states = self.with_removal
+        if name in _PARTS:
+            args = replace(self.args, **_PARTS[name])
+            states = self.with_removal if args.remove_unintended else self.without_removal
+            head = fit_head(name, self._new_classifier(), args, states["train"], callbacks=callbacks)
+        elif name == "selfreg":
+            states = self.with_removal if self.args.remove_unintended else self.without_removal
             head = fit_head(name, self.classifier, self.args, states["train"], callbacks=callbacks)
             with atomic_folder(self.output / "classifier") as temporary:
                 self.classifier.save_pretrained(temporary)
@@ -107,7 +126,13 @@ class Heads:
             states = self.without_removal
             config = self.classifier.config
             head = fit_baseline(
-                name, config, self.args, states["train"], groups=data.train.groups, callbacks=callbacks
+                name,
+                config,
+                self.args,
+                states["train"],
+                groups=data.train.groups,
+                directions=self.unintended.decoder_directions,
+                callbacks=callbacks,
             )
         figures: dict[str, Any] = {}
         cells: dict[str, Any] = {}

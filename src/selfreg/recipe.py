@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from selfreg.utils.files import fingerprint_file, fingerprint_json
 from selfreg.utils.validation import explain_errors
 
-BASELINES = ("plain", "l2", "leace")
+BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace")
+"""What a recipe compares with where it does not say."""
+MORE_BASELINES = ("projection", "removal_only", "penalty_only", "dependence_only")
+"""Further ones: the span of the features projected away, and selfreg's own three parts each by itself."""
 
 
 class RecipeError(ValueError):
@@ -185,8 +188,9 @@ class Recipe(_Part):
     @classmethod
     def _known_baselines(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name not in BASELINES:
-                raise ValueError(f"baseline {name!r} is not known; there are {', '.join(BASELINES)}")
+            if name not in (*BASELINES, *MORE_BASELINES):
+                known = ", ".join((*BASELINES, *MORE_BASELINES))
+                raise ValueError(f"baseline {name!r} is not known; there are {known}")
         return list(dict.fromkeys(names))
 
     @classmethod

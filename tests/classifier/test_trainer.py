@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from selfreg import (
     RegularizedTrainingArguments,
     UnintendedFeatures,
 )
-from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head, leace_eraser
+from selfreg.classifier.baselines import FittedHead, _FocalTrainer, fit_baseline, fit_head, leace_eraser
 from selfreg.classifier.penalty import dependence_directions, dependence_term, similarity_penalty
 from selfreg.classifier.states import PooledStates
 
@@ -295,6 +296,52 @@ def test_baselines_share_budget_and_interface(frozen: HiddenStateExtractor, tmp_
         states,
     )
     torch.testing.assert_close(again.weight, plain.weight)
+
+
+def _fitted(frozen: HiddenStateExtractor, path: Path, name: str, **kwargs: Any) -> FittedHead:
+    states, _ = _states()
+    head = fit_baseline(name, make_classifier(frozen).config, make_args(path, num_train_epochs=20), states, **kwargs)
+    assert head is not None
+    return head
+
+
+def test_baselines_that_keep_from_being_too_sure(frozen: HiddenStateExtractor, tmp_path: Path) -> None:
+    states, _ = _states()
+    plain = _fitted(frozen, tmp_path, "plain")
+
+    def sureness(head: FittedHead) -> float:
+        return head.logits(states).softmax(-1).amax(-1).mean().item()
+
+    for name in ("dropout", "label_smoothing", "focal", "spectral_norm"):
+        head = _fitted(frozen, tmp_path, name)
+        assert sureness(head) < sureness(plain), name
+        accuracy = (head.logits(states).argmax(-1) == states.labels).float().mean()
+        assert accuracy > 0.8, name
+        assert set(head.model.state_dict()) == set(plain.model.state_dict()), name
+    assert torch.linalg.matrix_norm(_fitted(frozen, tmp_path, "spectral_norm").weight, 2).item() == pytest.approx(
+        1, abs=0.02
+    )
+
+
+def test_focal_loss_is_its_formula() -> None:
+    logits = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    labels, weight = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([1.0, 2.0, 0.5])
+    loss_of = _FocalTrainer.loss_of
+    right = logits.softmax(-1)[torch.arange(7), labels]
+    each = -((1 - right) ** 2) * right.log()
+    torch.testing.assert_close(loss_of(None, logits, labels, None), each.mean())  # type: ignore[arg-type]
+    weighted = (weight[labels] * each).sum() / weight[labels].sum()
+    torch.testing.assert_close(loss_of(None, logits, labels, weight), weighted)  # type: ignore[arg-type]
+
+
+def test_projection_leaves_nothing_along_the_features(frozen: HiddenStateExtractor, tmp_path: Path) -> None:
+    states, _ = _states()
+    directions = torch.eye(16)[[1, 3]]
+    head = _fitted(frozen, tmp_path, "projection", directions=directions)
+    moved = replace(states, pooled=states.pooled + 5 * directions.sum(dim=0))
+    torch.testing.assert_close(head.logits(moved), head.logits(states), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="projection needs the decoder directions"):
+        _fitted(frozen, tmp_path, "projection")
 
 
 def test_after_leace_no_linear_probe_tells_the_group() -> None:

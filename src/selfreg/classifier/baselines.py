@@ -1,7 +1,10 @@
 """What a user would try instead, under the same interface and budget.
 
-`plain`: the linear probe. `l2`: the same with weight decay. `leace`: the same after the group was erased from the
-pooled states (Belrose et al. 2023, the library concept-erasure); it needs the group of each training text.
+The linear probe by itself (`plain`), with weight decay (`l2`), and with what keeps classifiers from being too sure:
+`dropout` of the states' dimensions, `label_smoothing`, the `focal` loss (Lin et al. 2017), `spectral_norm` of the
+weights (Miyato et al. 2018). And the probe on states from which something was taken: the group (`leace`, Belrose et
+al. 2023, of the library concept-erasure; needs the group of each training text), or the whole span of the unintended
+features' decoder directions (`projection`).
 """
 
 import logging
@@ -10,11 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import TrainerCallback
 
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.penalty import orthonormal_basis
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.trainer import RegularizedTrainer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
@@ -23,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 L2_WEIGHT_DECAY = 2.0
 """Decoupled decay of AdamW, the same that selfreg's classifier has by default."""
+_DROPOUT, _LABEL_SMOOTHING, _FOCAL_GAMMA = 0.3, 0.1, 2.0
+_VARIANTS = ("dropout", "label_smoothing", "focal", "spectral_norm")
+BASELINES = ("plain", "l2", *_VARIANTS, "leace", "projection")
+"""All that `fit_baseline` knows."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class FittedHead:
     Attributes:
         name (`str`): the method.
         model (`RegularizedSequenceClassifier`): head and standardisation; without a backbone for the baselines.
-        erase (`Callable`): what happens to raw pooled states before the head; the identity but for `leace`.
+        erase (`Callable`): what happens to raw pooled states before the head; the identity but for `leace` and
+            `projection`.
         history (`list[dict]`): the Trainer's log.
     """
 
@@ -69,13 +81,21 @@ def fit_head(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     erase: Callable[[Tensor], Tensor] | None = None,
+    trainer_class: type[RegularizedTrainer] = RegularizedTrainer,
 ) -> FittedHead:
     """Trains the head of `model` on cached states; from zero, whatever it held before."""
     torch.nn.init.zeros_(model.score.weight)
     torch.nn.init.zeros_(model.score.bias)
-    trainer = RegularizedTrainer(model=model, args=args, train_dataset=train, callbacks=list(callbacks))
+    normed = trainer_class is _SpectralNormTrainer
+    if normed:
+        # Weights of zero have no direction that could be scaled to a norm of 1.
+        torch.nn.init.normal_(model.score.weight, std=model.config.hidden_size**-0.5)
+        spectral_norm(model.score)
+    trainer = trainer_class(model=model, args=args, train_dataset=train, callbacks=list(callbacks))
     trainer.train()
     model.eval()
+    if normed:
+        remove_parametrizations(model.score, "weight")
     return FittedHead(name, model, erase or _identity, trainer.state.log_history)
 
 
@@ -86,16 +106,18 @@ def fit_baseline(
     train: PooledStates,
     *,
     groups: Sequence[Any] | None = None,
+    directions: Tensor | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> FittedHead | None:
     """Trains a baseline with the budget of `args`.
 
     Args:
-        name: `"plain"`, `"l2"` or `"leace"`.
+        name: one of `BASELINES`.
         config: of the classifier that it is compared with.
         args: of that classifier's training; penalties, removal and (but for `l2`) weight decay are turned off here.
         train: pooled states before any removal.
         groups: the group of each training text, None where it is not known; for `leace`.
+        directions (`[U, hidden_size]`): decoder directions of the unintended features; for `projection`.
         callbacks: for the Trainer.
 
     Returns:
@@ -121,14 +143,77 @@ def fit_baseline(
     model = RegularizedSequenceClassifier(plain)
     if name in ("plain", "l2"):
         return fit_head(name, model, args, train, callbacks=callbacks)
-    if name != "leace":
-        raise ValueError(f"baseline {name!r} is not known; there are plain, l2 and leace")
-    if groups is None or len({group for group in groups if group is not None}) < 2:
-        logger.warning("leace needs the group of the training texts (data.group): left out")
-        return None
-    erase = leace_eraser(train.pooled, groups)
+    if name in _TRAINERS:
+        return fit_head(name, model, args, train, callbacks=callbacks, trainer_class=_TRAINERS[name])
+    if name == "leace":
+        if groups is None or len({group for group in groups if group is not None}) < 2:
+            logger.warning("leace needs the group of the training texts (data.group): left out")
+            return None
+        erase = leace_eraser(train.pooled, groups)
+    elif name == "projection":
+        if directions is None:
+            raise ValueError("projection needs the decoder directions of the unintended features")
+        erase = _projector(directions)
+    else:
+        raise ValueError(f"baseline {name!r} is not known; there are {', '.join(BASELINES)}")
     erased = replace(train, pooled=erase(train.pooled))
     return fit_head(name, model, args, erased, callbacks=callbacks, erase=erase)
+
+
+class _DropoutTrainer(RegularizedTrainer):
+    """Dimensions of the standardised states are left out at random, and the others scaled up."""
+
+    def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
+        if model.training:
+            own = self.accelerator.unwrap_model(model)
+            states = F.dropout(own.standardize(inputs["pooled"]), _DROPOUT)
+            inputs = {**inputs, "pooled": states * own.pooled_scale + own.pooled_mean}
+        return super().task_loss(model, inputs)
+
+
+class _LossTrainer(RegularizedTrainer):
+    """Another loss of the logits in training."""
+
+    def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
+        if not model.training:
+            return super().task_loss(model, inputs)
+        outputs = model(pooled=inputs["pooled"])
+        weight = None if self._class_weights is None else self._class_weights.to(outputs.logits)
+        return self.loss_of(outputs.logits, inputs["labels"], weight), outputs
+
+    def loss_of(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
+        """The loss of `logits` `[B, L]`; `weight` is of the labels."""
+        raise NotImplementedError
+
+
+class _LabelSmoothingTrainer(_LossTrainer):
+    """Some of the target's probability is spread over all labels."""
+
+    def loss_of(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
+        return F.cross_entropy(logits, labels, weight=weight, label_smoothing=_LABEL_SMOOTHING)
+
+
+class _FocalTrainer(_LossTrainer):
+    """Texts that are told well already count less: (1 - p)^γ · cross-entropy, p the probability of the true label."""
+
+    def loss_of(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
+        each = F.cross_entropy(logits, labels, reduction="none")
+        weights = torch.ones_like(each) if weight is None else weight[labels]
+        return (weights * (1 - torch.exp(-each)).pow(_FOCAL_GAMMA) * each).sum() / weights.sum()
+
+
+class _SpectralNormTrainer(RegularizedTrainer):
+    """The weights have a spectral norm of 1; see `fit_head`."""
+
+
+_TRAINERS = dict(
+    zip(_VARIANTS, (_DropoutTrainer, _LabelSmoothingTrainer, _FocalTrainer, _SpectralNormTrainer), strict=True)
+)
+
+
+def _projector(directions: Tensor) -> Callable[[Tensor], Tensor]:
+    basis = orthonormal_basis(directions)
+    return lambda states: states - (states @ basis.T) @ basis
 
 
 def leace_eraser(pooled: Tensor, groups: Sequence[Any]) -> Callable[[Tensor], Tensor]:

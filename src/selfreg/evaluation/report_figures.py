@@ -90,6 +90,10 @@ METHODS = {
     "label_smoothing": "The ordinary classifier, trained towards slightly softened labels.",
     "focal": "The ordinary classifier, trained with more weight on the texts that it gets wrong.",
     "spectral_norm": "The ordinary classifier with the overall strength of its weights limited.",
+    "projection": "The ordinary classifier after the whole span of the unintended features is projected away.",
+    "removal_only": "The unintended features are removed from the hidden states, and nothing else is done.",
+    "penalty_only": "Only the penalty on the similarity of the weights to the unintended features.",
+    "dependence_only": "Only the penalty on what still depends on the unintended features.",
     "leace": "The ordinary classifier after all that tells the group linearly is erased (LEACE; needs the groups).",
 }
 

@@ -145,16 +145,16 @@ def test_dry_run_tells_what_the_run_then_takes(arguments: list[str], folder: Pat
     assert not server.bodies
     assert (folder / "features.parquet").read_bytes() == before
     assert not (folder / "answers.jsonl").exists()
-    calls = int(told.split("at most ")[1].split(" calls")[0])
+    calls = int(told.split(": about ")[1].split(" calls")[0])
     assert "(0 are answered already)" in told
-    prompt_tokens = told.split("about ")[1].split(" tokens to read")[0]
-    assert f"price at the most {prompt_tokens}.00" in told
+    prompt_tokens = told.split("already), about ")[1].split(" tokens to read")[0]
+    assert f"price about {prompt_tokens}.00" in told
     done = run(*settings)
     assert len(server.bodies) == calls > 0
     assert f"m: {calls} calls made, 0 answers were there already" in done
     again = run(*settings, "--dry-run")
     # After an explanation others may follow; here it is the same as before.
-    assert f"at most 0 calls to make ({calls} are answered already)" in again
+    assert f"about 0 calls to make ({calls} are answered already)" in again
     run(*settings)
     assert len(server.bodies) == calls
 
@@ -202,7 +202,7 @@ def test_a_server_that_goes_away_loses_nothing(
     folder: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = server.script[0]
-    server.script = [good] * 32 + [(401, {"error": f"no credit for {KEY}"})]
+    server.script = [good] * 64 + [(401, {"error": f"no credit for {KEY}"})]
     monkeypatch.setenv("MY_KEY", KEY)
     settings = ["explain", folder, "--endpoint", server.url, "--model", "m", "--api-key-env", "MY_KEY"]
     told = fails(*settings, "--concurrency", 1)
@@ -210,7 +210,7 @@ def test_a_server_that_goes_away_loses_nothing(
     assert "the same command goes on from there" in told.replace("\n", " ")
     assert KEY not in told
     catalog = FeatureCatalog.from_pretrained(folder)
-    assert sum(record.explained for record in catalog) == 16
+    assert sum(record.explained for record in catalog) == 32
     active = sum(bool(record.spans) for record in catalog)
     server.script, before = [good], len(server.bodies)
     assert f"{active} of {active} features explained" in run(*settings)
@@ -501,7 +501,7 @@ def test_a_local_model_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     vote(folder, 2)
     settings = ["judge", folder, "--rubric", RUBRIC, "--local", "a", "--local", "b"]
     told = run(*settings, "--dry-run")
-    assert told.count("at most 2 calls to make") == 2
-    assert "about" not in told
+    assert told.count("about 2 calls to make") == 2
+    assert "), about" not in told
     run(*settings)
     assert [v.judge for v in FeatureCatalog.from_pretrained(folder)[2].votes] == ["a", "b"]

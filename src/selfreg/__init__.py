@@ -14,6 +14,7 @@ _LOCATIONS = {
     "SAETrainer": "selfreg.sae.trainer",
     "SAETrainingArguments": "selfreg.sae.training_args",
     "FeatureCatalog": "selfreg.features.catalog",
+    "Rubric": "selfreg.features.rubric",
     "UnintendedFeatures": "selfreg.features.selection",
     "LocalChatModel": "selfreg.features.chat",
     "EndpointChatModel": "selfreg.features.chat",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from selfreg.features.catalog import FeatureCatalog as FeatureCatalog
     from selfreg.features.chat import EndpointChatModel as EndpointChatModel
     from selfreg.features.chat import LocalChatModel as LocalChatModel
+    from selfreg.features.rubric import Rubric as Rubric
     from selfreg.features.selection import UnintendedFeatures as UnintendedFeatures
     from selfreg.recipe import Recipe as Recipe
     from selfreg.sae.configuration import SAEConfig as SAEConfig

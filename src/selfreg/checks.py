@@ -1,6 +1,5 @@
 """What is wrong with a recipe and its data, told before any long work starts."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +9,7 @@ from selfreg.activations.backbone import resolve_model
 from selfreg.activations.spec import HiddenStateSpec
 from selfreg.data import TaskData
 from selfreg.evaluation.arrays import group_name
+from selfreg.features.chat import EndpointChatModel
 from selfreg.features.rubric import Rubric
 from selfreg.features.selection import has_two_groups, keyword_pattern
 from selfreg.recipe import ChatRecipe, Recipe, RecipeError, SAERecipe
@@ -78,8 +78,9 @@ def _sae_config(recipe: SAERecipe) -> SAEConfig:
 
 
 def _check_chat(key: str, chat: ChatRecipe) -> None:
-    if chat.api_key_env is not None and not os.environ.get(chat.api_key_env):
-        raise RecipeError(f"{key}.api_key_env: the environment variable {chat.api_key_env} is not set")
+    if chat.endpoint is not None and chat.model is not None:
+        endpoint, model = chat.endpoint, chat.model
+        _of_key(key, lambda: EndpointChatModel(endpoint, model, api_key_env=chat.api_key_env))
     if chat.local is not None:
         try:
             source = resolve_model(chat.local)

@@ -153,6 +153,9 @@ class FeaturesRecipe(_Part):
             )
         if self.judge is not None and (self.explainer is None or self.rubric is None):
             raise ValueError("judge needs explainer and rubric")
+        names = [judge.local or judge.model for judge in self.judge or []]
+        if len(set(names)) < len(names):
+            raise ValueError(f"judge: {', '.join(map(str, names))} must be different models: each has one vote")
         return self
 
 

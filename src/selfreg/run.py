@@ -20,6 +20,8 @@ from selfreg.evaluation.report import ReportData, ReportFeature, write_report
 from selfreg.features.catalog import FORMAT_VERSION as CATALOG_FORMAT
 from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.chat import ChatModel, EndpointChatModel, LocalChatModel
+from selfreg.features.decisions import LOG_NAME, with_vote
+from selfreg.features.records import Vote
 from selfreg.features.rubric import Rubric
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.heads import Heads
@@ -156,6 +158,7 @@ class _Run:
 
         def work() -> dict[str, int]:
             self.tell("catalogue of what activates each feature")
+            persons = self._persons_votes(folder, sae_fingerprint(sae))
             train = self.data.train
             catalog = FeatureCatalog.build(
                 sae,
@@ -174,7 +177,10 @@ class _Run:
             if recipe.judge:
                 assert recipe.rubric is not None
                 self.tell(f"judging features with {', '.join(map(_chat_name, recipe.judge))}")
-                catalog.judge([_chat(judge) for judge in recipe.judge], recipe.rubric, cache=cache)
+                for judge in recipe.judge:  # one in memory at a time
+                    catalog.judge(_chat(judge), recipe.rubric, cache=cache)
+            for feature, vote in persons:
+                catalog.records[feature] = with_vote(catalog[feature], vote)
             catalog.save_pretrained(folder)
             return {"features": len(catalog)}
 
@@ -190,6 +196,21 @@ class _Run:
         ]
         self.stages.run("catalog", inputs, work, outputs=(folder,))
         return FeatureCatalog.from_pretrained(folder)
+
+    def _persons_votes(self, folder: Path, fingerprint: str) -> list[tuple[int, Vote]]:
+        """What persons decided in the catalogue that is there, if it is of the same SAE; else it is put aside."""
+        try:
+            catalog = FeatureCatalog.from_pretrained(folder)
+        except (FileNotFoundError, ValueError):
+            catalog = None
+        if catalog is not None and catalog.info["sae_fingerprint"] == fingerprint:
+            return [(record.feature, vote) for record in catalog for vote in record.votes if vote.person]
+        log = folder / LOG_NAME
+        if log.exists():
+            aside = folder / f"{log.stem}-{datetime.now(UTC):%Y%m%d%H%M%S}{log.suffix}"
+            log.replace(aside)
+            self.tell(f"the verdicts of persons there are of another SAE's features: put aside as {aside}")
+        return []
 
     def _rubric(self) -> str | None:
         """Fingerprint of the rubric; what a file says may change, its path does not."""

@@ -91,6 +91,22 @@ def test_another_phrase_takes_scores_and_votes_of_models_away(catalog: FeatureCa
     assert catalog[5].explained_by == "e"
 
 
+def test_another_phrase_takes_the_verdict_away(catalog: FeatureCatalog) -> None:
+    catalog.judge(Chat("judge", "No"), "a rubric", features=[5])
+    assert catalog[5].verdict == "No"
+    catalog.explain(Chat("e", phrase="dogs"), features=[5])
+    assert (catalog[5].verdict, catalog[5].verdict_probabilities, catalog[5].decided_by) == (None, {}, None)
+
+
+def test_another_rubric_takes_votes_by_the_old_one_away(catalog: FeatureCatalog) -> None:
+    catalog.judge([Chat("a", "Yes"), Chat("b", "Yes")], "diagnosis", features=[5])
+    assert len(catalog[5].label_verdicts) > 1
+    catalog.decide(5, "Maybe", by="Ada")
+    catalog.judge(Chat("a", "No"), "another rubric", features=[5])
+    assert [(vote.judge, vote.label) for vote in catalog[5].votes] == [("Ada", None), ("a", None)]
+    assert catalog[5].label_verdicts == {}
+
+
 def test_an_estimate_is_what_is_then_asked(catalog: FeatureCatalog, tmp_path: Path) -> None:
     chat = Chat("judge")
     counting = CountingChatModel(chat)
@@ -234,3 +250,20 @@ def test_what_was_decided_last_counts_wherever_it_is_kept(catalog: FeatureCatalo
     catalog.decide(3, "Maybe", by="Ada")
     catalog.save_pretrained(tmp_path)
     assert FeatureCatalog.from_pretrained(tmp_path)[3].verdict == "Maybe"
+
+
+def test_reasons_may_hold_any_character(catalog: FeatureCatalog, tmp_path: Path) -> None:
+    from selfreg.features.decisions import DecisionLog
+
+    catalog.save_pretrained(tmp_path)
+    reason = "a\u2028b\u0085c\nd"
+    DecisionLog(tmp_path, "x").add(3, Vote("Ada", "No", reason=reason, person=True))
+    assert FeatureCatalog.from_pretrained(tmp_path)[3].reason == reason
+
+
+def test_spreadsheets_of_other_countries(catalog: FeatureCatalog, tmp_path: Path) -> None:
+    (tmp_path / "de.csv").write_text("feature;person_verdict\n4;No\n", encoding="utf8")
+    assert catalog.read_csv(tmp_path / "de.csv", by="Ada") == 1
+    (tmp_path / "old.csv").write_bytes("feature,person_verdict,person_reason\n4,No,für\n".encode("cp1252"))
+    with pytest.raises(ValueError, match="old.csv is not in UTF-8 .* save it as CSV UTF-8"):
+        catalog.read_csv(tmp_path / "old.csv", by="Ada")

@@ -6,18 +6,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
-from conftest import tiny_backbone, word_tokenizer
+from conftest import WORDS, tiny_backbone, word_tokenizer
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction
-from selfreg.features.activations import largest_activations
+from selfreg.activations.store import StoreShard
+from selfreg.features.activations import EncodedChunk, largest_activations
 from selfreg.features.chat import Choice, Conversation
-from selfreg.features.collect import Evidence
-from selfreg.features.directions import unembedding_of
+from selfreg.features.collect import Evidence, TextSample
+from selfreg.features.directions import promoted_tokens, unembedding_of
 from selfreg.features.records import Score
+from selfreg.features.spans import cut_spans
 from selfreg.sae.configuration import ACTIVATION_NAMES
 
 
@@ -206,12 +209,12 @@ def test_store_of_another_layer_is_refused(
 
 
 class FailingChat:
-    """Answers 30 conversations, then its server is gone."""
+    """Answers 38 conversations, then its server is gone."""
 
     name = "failing"
 
     def __init__(self) -> None:
-        self.left = 30
+        self.left = 38
 
     def complete(self, conversations: Sequence[Conversation], *, max_new_tokens: int = 64) -> list[str]:
         self.left -= len(conversations)
@@ -223,7 +226,7 @@ class FailingChat:
         return [Choice("Yes", {option: float(option == "Yes") for option in options}) for _ in conversations]
 
 
-def test_answers_before_a_failure_are_kept_without_a_journal(
+def test_answers_before_a_failure_are_kept_without_a_cache(
     sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str]
 ) -> None:
     catalog = FeatureCatalog.build(sae, extractor, texts)
@@ -231,7 +234,7 @@ def test_answers_before_a_failure_are_kept_without_a_journal(
         catalog.judge(FailingChat(), "a rubric")
     with pytest.raises(ConnectionError):
         catalog.explain(FailingChat())
-    assert sum(record.explained for record in catalog) == 16
+    assert sum(record.explained for record in catalog) == 32
 
 
 def test_unknown_features_are_named(
@@ -322,20 +325,85 @@ def test_head_of_an_untied_backbone_is_read_from_its_checkpoint(tmp_path: Path) 
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "m")
-    found = unembedding_of(AutoModel.from_pretrained(tmp_path / "m"))
+    found = unembedding_of(AutoModel.from_pretrained(tmp_path / "m"), 16)
     assert found is not None
     torch.testing.assert_close(found, model.lm_head.weight)
     model.save_pretrained(tmp_path / "shards", max_shard_size="3KB")
-    found = unembedding_of(AutoModel.from_pretrained(tmp_path / "shards"))
+    found = unembedding_of(AutoModel.from_pretrained(tmp_path / "shards"), 16)
     assert found is not None
     torch.testing.assert_close(found, model.lm_head.weight)
-    assert unembedding_of(tiny_backbone("bert")) is None
+    assert unembedding_of(tiny_backbone("bert"), 16) is None
 
 
-def test_memory_is_of_peaks_and_not_of_texts(extractor: HiddenStateExtractor, texts: list[str]) -> None:
-    evidence = Evidence(40, torch.ones(10**6, dtype=torch.bool), top_k=3, mean_tokens=100)
-    held = [evidence.top.values, evidence.drawn.values]
-    assert sum(tensor.numel() for tensor in held) == 40 * (3 + 3 + 4 * 5)
+def test_memory_is_of_peaks_and_not_of_texts(
+    sae: SAEForFeatureExtraction,
+    extractor: HiddenStateExtractor,
+    texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("selfreg.features.collect._WAITING", 100)
+    monkeypatch.setattr("selfreg.features.collect._SAMPLED_TEXTS", 20)
+    held = []
+    for rounds in (2, 6):
+        many = [f"{text} {word}" for word in WORDS[:rounds] for text in texts]
+        evidence = Evidence(40, torch.ones(len(many), dtype=torch.bool), top_k=3, mean_tokens=10)
+        for shard in extractor.iterate(many, shard_tokens=200):
+            evidence.update(sae, shard)
+        evidence.finish()
+        kept = [tensor for peaks in (evidence.top, evidence.drawn) for tensor in vars(peaks).values()]
+        held.append(sum(value.numel() for value in kept if isinstance(value, torch.Tensor)))
+        assert not evidence.top._waiting
+        assert evidence.sample.active.shape == (5, 20)
+    assert held[0] == held[1] == 5 * 40 * (3 + 3 + 4 * 5)
+
+
+def test_near_misses_are_of_different_texts(extractor: HiddenStateExtractor) -> None:
+    sample = TextSample(np.arange(50), 50, 8)
+    for text in range(50):
+        values = torch.zeros(10, 1)
+        chunk = EncodedChunk(text, 1, slice(0, 10), torch.zeros(10, dtype=torch.long), values, values.long(), 8)
+        tokens = torch.tensor([7] * 9 + [9 + text % 2], dtype=torch.int32)
+        shard = StoreShard(text, text + 1, torch.zeros(10, 2), torch.full((10,), text), torch.arange(10), tokens)
+        sample.add(chunk, shard, torch.zeros(1, 8, dtype=torch.bool), torch.tensor([10]))
+    sample.finish()
+    silent = sample.silent(3)
+    assert silent.all()
+    misses = sample.near_misses(silent, [7, 9], 8)
+    assert len({text for text, _ in misses}) == 8
+    assert sum(position == 9 for _, position in misses) == 4  # the tokens take turns
+    assert len(sample.near_misses(silent, [10], 60)) == 25
+    assert sample.near_misses(silent, [11], 8) == []
+
+
+@pytest.mark.parametrize("texts_and_peaks", [3, 40])
+def test_many_long_texts_are_cut_a_few_at_a_time(
+    texts_and_peaks: int, extractor: HiddenStateExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfreg.features.spans._BATCH_CHARACTERS", 20)
+    texts = [f"the man {WORDS[i % len(WORDS)]}" for i in range(texts_and_peaks)]
+    peaks = [(text, position) for text in range(texts_and_peaks) for position in (0, 1)]
+    cuts = list(cut_spans(extractor, texts, peaks))
+    assert [peak for _, peak, _ in cuts] == ["the", "man"] * texts_and_peaks
+
+
+def test_vocabularies_that_do_not_fit(extractor: HiddenStateExtractor, texts: list[str]) -> None:
+    tokenizer = extractor.tokenizer
+    padded = torch.cat([torch.eye(16)[torch.arange(len(tokenizer)) % 16], torch.full((30, 16), 9.0)])
+    found = promoted_tokens(torch.eye(16), [0, 1], padded, tokenizer)
+    assert all(token is not None for tokens in found.values() for token in tokens)
+    assert len(promoted_tokens(torch.eye(16), [0], padded[:4], tokenizer)[0]) == 4
+    backbone = tiny_backbone()
+    backbone.config.tie_word_embeddings = True
+    assert unembedding_of(backbone, 16) is not None
+    assert unembedding_of(backbone, 12) is None
+
+
+def test_shares_of_too_many_groups_are_refused(
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, texts: list[str]
+) -> None:
+    many = [*texts, *texts, *texts, *texts]
+    with pytest.raises(ValueError, match="there are 240 different groups, such as '0': shares are kept for up to 200"):
+        FeatureCatalog.build(sae, extractor, many, groups=range(240))
 
 
 def test_a_folder_is_a_data_set(

@@ -519,7 +519,7 @@ class TestEndpointKey:
     ("settings", "message"),
     [
         ({"base_url": "localhost:8000"}, "whole address"),
-        ({"base_url": "http://me:secret@host/v1"}, "user name, a password"),
+        ({"base_url": "http://me:secret@host/v1"}, "user name or a password"),
         ({"base_url": "http://host/v1?key=secret"}, r"behind `\?`"),
         ({"model": ""}, "name of a model"),
         ({"concurrency": 0}, "concurrency=0"),
@@ -548,3 +548,30 @@ def test_calls_that_fail_now_and_then_end_nothing(server: ScriptedServer) -> Non
     server.script = [good, *[bad, bad, good] * 20]
     chat = EndpointChatModel(server.url, "m", max_retries=1, backoff_factor=0.0, concurrency=1)
     assert chat.complete([user(str(number)) for number in range(41)]) == ["fine", *["", "fine"] * 20]
+
+
+def test_reasoning_is_no_answer(server: ScriptedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server.script = [
+        completion("<think>\nhm\n</think>\n\nwords for illness"),
+        completion("<think>so the user"),
+        completion("words for health"),
+    ]
+    chat = EndpointChatModel(server.url, "m", concurrency=1).with_cache(AnswerCache(tmp_path / "a.jsonl"))
+    questions = [user("a"), user("b")]
+    assert chat.complete(questions) == ["words for illness", ""]
+    assert caplog.text.count("m reasons before it answers") == 1
+    # What it did not come to say is not kept.
+    assert chat.complete(questions) == ["words for illness", "words for health"]
+
+
+@pytest.mark.parametrize("url", ["user:s3cret@localhost:8000/v1", "htp://u:s3cret@h", "http://u:s3cret@h/v1"])
+def test_credentials_in_an_address_are_not_shown(url: str) -> None:
+    with pytest.raises(ValueError, match="base_url holds an @") as error:
+        EndpointChatModel(url, "m")
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_key_in_place_of_its_variable_is_not_shown() -> None:
+    with pytest.raises(ValueError, match="must be the name of an environment variable") as error:
+        EndpointChatModel("http://h/v1", "m", api_key_env="sk-abc123")
+    assert "abc123" not in str(error.value)

@@ -147,8 +147,9 @@ def tell_estimate(
     estimate = counting.estimate
     about = "about " if estimate.estimated else ""
     say(
-        f"{chat.name}: at most {estimate.calls:,} calls to make ({estimate.cached:,} are answered already), {about}"
-        f"{estimate.prompt_tokens:,} tokens to read and at most {estimate.completion_tokens:,} to write"
+        f"{chat.name}: about {estimate.calls:,} calls to make ({estimate.cached:,} are answered already), {about}"
+        f"{estimate.prompt_tokens:,} tokens to read and up to {estimate.completion_tokens:,} to write; an answer that "
+        "is no option takes a call more"
     )
     return 0.0 if price is None else estimate.price(*price)
 

@@ -90,11 +90,13 @@ def build(
     with clear_errors():
         setup()
         from selfreg.features.catalog import CONFIG_NAME, FeatureCatalog
+        from selfreg.utils.devices import default_device
 
         if (output / CONFIG_NAME).exists():
             raise ValueError(f"{output} holds a catalogue already: choose another folder, or remove it")
         check_output(output)
         sae = load_sae(source, subfolder, revision, model, layer)
+        sae.to(default_device())  # type: ignore[arg-type]  # `to` is typed unbound
         extractor = extractor_of(sae)
         columns = [column, *(name for name in (label, group) if name is not None)]
         rows = read_rows(texts, columns, split, max_tokens, extractor.spec.max_length)
@@ -249,6 +251,7 @@ def judge(
             with saved(catalog, folder):
                 catalog.judge(chat, what, features=chosen, cache=folder / ANSWERS_NAME, reasons=reasons)
             tell_usage(chat)
+            del chat  # before the next judge is loaded
         if dry_run:
             _tell_price(total, price)
             return
@@ -293,7 +296,7 @@ def _rubric(source: str) -> "Rubric":
 
 def _tell_price(total: float, price: tuple[float, float] | None) -> None:
     if price is not None:
-        say(f"price at the most {total:,.2f}" if total >= 0.01 or total == 0 else f"price at the most {total:.2g}")
+        say(f"price about {total:,.2f}" if total >= 0.01 or total == 0 else f"price about {total:.2g}")
 
 
 def _tell_scores(records: Sequence["FeatureRecord"]) -> None:

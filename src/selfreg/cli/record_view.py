@@ -127,7 +127,7 @@ def _facts(record: FeatureRecord, *, everything: bool) -> Iterator[RenderableTyp
         table.add_row("legitimate for", Text(", ").join(verdicts))
     if record.votes:
         by = "" if record.decided_by is None else f"  by {printable(record.decided_by)}"
-        when = "" if record.decided_at is None else f", {record.decided_at}"
+        when = "" if record.decided_at is None else f", {printable(record.decided_at)}"
         table.add_row("verdict", Text.assemble(verdict_text(record), (f"{by}{when}", "dim")))
     yield table
 

@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from selfreg.features.answer_cache import AnswerCache, CachingChatModel, cached
 from selfreg.features.chat import ChatModel
-from selfreg.features.decisions import check_features, with_vote
+from selfreg.features.decisions import check_features
 from selfreg.features.explainer import Explanation, explain_features
 from selfreg.features.judge import judge_features
 from selfreg.features.probe import probe_scores
 from selfreg.features.records import FeatureRecord, Score, Vote
 from selfreg.features.rubric import Rubric
 from selfreg.features.scoring import detection_scores, fuzzing_scores
+from selfreg.features.votes import settled_record
 from selfreg.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -45,15 +47,16 @@ def explain_catalog(
     chat = _with_cache(chat, cache)
 
     def keep(feature: int, explanation: Explanation) -> None:
-        # Scores and votes are of the explanation that they were given for.
-        changed = explanation.text != catalog[feature].explanation
-        outdated = {"scores": {}, "votes": [vote for vote in catalog[feature].votes if vote.person]}
-        catalog.update(
-            feature,
+        record = catalog[feature]
+        if explanation.text != record.explanation:
+            # Scores and models' votes are of the explanation that they were given for.
+            persons = [vote for vote in record.votes if vote.person]
+            record = settled_record(replace(record, scores={}, votes=persons))
+        catalog.records[feature] = replace(
+            record,
             explanation=explanation.text,
             explanation_verdict=explanation.verdict,
             explained_by=chat.name,
-            **(outdated if changed else {}),
         )
 
     with progress("explanations", len(wanted), "features", status=_status(chat)) as advance:
@@ -122,9 +125,18 @@ def judge_catalog(
             "model found none, and a larger one, or features found by keywords or an attribute, may do better"
         )
 
+    rubric_name = rubric.fingerprint()[:12]
+
     def keep(feature: int, votes: Sequence[Vote]) -> None:
-        for vote in votes:
-            catalog.records[feature] = with_vote(catalog[feature], vote)
+        record = catalog[feature]
+        # What the same judge said before goes, whatever labels it was about, and what was said by another rubric.
+        others = [
+            vote
+            for vote in record.votes
+            if vote.person or (vote.judge != votes[0].judge and vote.rubric == rubric_name)
+        ]
+        new = [replace(vote, rubric=rubric_name) for vote in votes]
+        catalog.records[feature] = settled_record(replace(record, votes=[*others, *new]))
 
     for bare in chats:
         chat = _with_cache(bare, cache)

@@ -215,8 +215,9 @@ class FeatureCatalog:
     ) -> None:
         """Asks chat models, for each explained feature, whether it is a legitimate reason for a label, and why.
 
-        Every judge has a vote, and a new vote of a judge takes the place of its old one; see `settle` for what votes
-        come to. A person's vote (`decide`) outranks all of them.
+        Every judge has a vote. On the features that are judged anew, a judge's old votes go, and so do those of all
+        models that judged by another rubric; see `settle` for what votes come to. A person's vote (`decide`) outranks
+        all of them.
 
         Args:
             chat: the judge, or several that vote.

@@ -84,7 +84,7 @@ def choice_tokens(options: Sequence[str]) -> int:
 
 
 # What a chat template or a fence may be made of: `<|im_end|>`, `</s>`, `<start_of_turn>`, `<<SYS>>`, `[/INST]`, ```.
-_CONTROL_STARTS = re.compile(r"<(?=\S)|\[(?=/?\w*[A-Z_]\w*\])")
+_CONTROL_STARTS = re.compile(r"<(?=\S)|\[(?=\|)|\[(?=/?\w*[A-Z_]\w*\])")
 _BACKTICKS = re.compile(r"`{2,}")
 _JOINERS = "\u200c\u200d"  # format characters that words and emoji are spelt with
 

@@ -17,7 +17,7 @@ from selfreg.features.chat_usage import estimate_tokens
 
 # What a chat template puts around a turn: for ChatML its two marks, the role and two line ends.
 _TOKENS_OF_A_TURN = 5
-_PLACEHOLDER = "a phrase that nobody has written yet"
+_PLACEHOLDER = "a phrase that nobody has written yet, of about the length that they have"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,6 +28,7 @@ _T = TypeVar("_T")
 # How servers that have no `response_format` refuse it.
 _NOT_THERE = (400, 422, 501)
 _STREAK = 8
+_REASONING = re.compile(r"^\s*<think>.*?(</think>|\Z)", re.DOTALL)
 
 
 class EndpointChatModel:
@@ -79,6 +81,7 @@ class EndpointChatModel:
         )
         self.usage = ChatUsage()
         self._structured, self._streak = _StructuredOutput(), _Streak()
+        self._told_of_reasoning = threading.Event()
         self._cache: AnswerCache | None = None
 
     def __repr__(self) -> str:
@@ -221,15 +224,26 @@ class EndpointChatModel:
             return known
         answer = self._send(messages, max_new_tokens, options, stop)
         self._streak.succeeded()
-        if self._cache is not None:
-            self._cache.add({key: answer.text})
+        text = self._without_reasoning(answer.text)
+        if text and self._cache is not None:
+            self._cache.add({key: text})
         self.usage.add(
             calls=1,
             prompt_tokens=answer.prompt_tokens,
             completion_tokens=answer.completion_tokens,
             estimated=answer.estimated,
         )
-        return answer.text
+        return text
+
+    def _without_reasoning(self, text: str) -> str:
+        """What a model that reasons in its answer says after that; "" where it did not come so far."""
+        answer = _REASONING.sub("", text).strip()
+        if answer != text and not self._told_of_reasoning.is_set():
+            self._told_of_reasoning.set()
+            logger.warning(
+                "%s reasons before it answers, which few tokens are left for: turn that off at the server", self.name
+            )
+        return answer
 
     def _send(
         self, messages: Conversation, max_new_tokens: int, options: Sequence[str] | None, stop: threading.Event

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -275,17 +276,29 @@ def _text_of(output: ChatCompletionOutput) -> str:
 
 
 def _check_url(base_url: str) -> None:
+    if "@" in base_url:
+        # Not shown: what stands before it is a key.
+        raise ValueError(
+            "base_url holds an @, and with it a user name or a password, which would end up in logs and files: put "
+            "the key into an environment variable and name that with api_key_env (--api-key-env)"
+        )
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"base_url={base_url!r} must be a whole address, such as http://localhost:8000/v1")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+    if parts.query or parts.fragment:
         raise ValueError(
-            f"base_url of {parts.hostname!r} holds a user name, a password, or something behind `?` or `#`, which "
-            "would end up in logs and files: put the key into an environment variable and name that with api_key_env"
+            f"base_url of {parts.hostname!r} holds something behind `?` or `#`, which would end up in logs and files: "
+            "put a key into an environment variable and name that with api_key_env (--api-key-env)"
         )
 
 
 def _read_key(variable: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        # Not shown: it may be the key itself.
+        raise ValueError(
+            "api_key_env (--api-key-env) must be the name of an environment variable, such as MY_API_KEY, and not the "
+            "key itself"
+        )
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ValueError(f"the environment variable {variable} (api_key_env) holds no key: set it, or leave it out")

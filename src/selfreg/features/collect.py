@@ -23,6 +23,7 @@ NUM_MISSES, NUM_SILENT = 8, 5
 
 _SAMPLED_TEXTS, _SAMPLED_TOKENS = 4096, 1 << 20
 _OCCURRENCES = 256
+_MOST_NAMES = 200
 # Candidates that wait before they are sorted into the lists: sorting few at a time costs more than it saves.
 _WAITING = 1 << 17
 
@@ -119,7 +120,10 @@ class TextSample:
         self.tokens = np.concatenate([*self._tokens, empty])
         self.positions = np.concatenate([*self._positions, empty])
         self.first_rows = np.searchsorted(self.numbers, np.arange(self._num_texts + 1))
-        self.order = np.argsort(self.tokens, kind="stable")
+        # By token, and of each token the first place in every text.
+        order = np.lexsort((self.numbers, self.tokens))
+        keys = self.tokens[order] * (self._num_texts + 1) + self.numbers[order]
+        self.order = order[np.append(True, keys[1:] != keys[:-1])[: len(order)]]
         kinds, starts = np.unique(self.tokens[self.order], return_index=True)
         ends = np.minimum(np.append(starts[1:], len(self.order)), starts + _OCCURRENCES)
         self.ranges = {
@@ -141,14 +145,18 @@ class TextSample:
             rows = self.order[start:end]
             rows = rows[silent[self.numbers[rows]]]
             if len(rows):
-                found.append(rows[:count].tolist())
+                found.append(rows.tolist())
         misses: dict[int, tuple[int, int]] = {}
-        for turn in range(count):
-            for rows_of_token in found:
-                if turn < len(rows_of_token) and len(misses) < count:
-                    row = rows_of_token[turn]
+        turns = [iter(rows_of_token) for rows_of_token in found]
+        while turns and len(misses) < count:
+            for rows_left in list(turns):
+                # The next text of this token that no other has taken.
+                row = next((row for row in rows_left if int(self.text_ids[row]) not in misses), None)
+                if row is None:
+                    turns.remove(rows_left)
+                elif len(misses) < count:
                     text = int(self.text_ids[row])
-                    misses.setdefault(text, (text, int(self.positions[row])))
+                    misses[text] = (text, int(self.positions[row]))
         return list(misses.values())
 
     def silent_peaks(
@@ -186,10 +194,15 @@ class Shares:
     totals_G: Tensor
 
     @classmethod
-    def of(cls, values: Sequence[Any] | None, num_features: int) -> "Shares | None":
+    def of(cls, kind: str, values: Sequence[Any] | None, num_features: int) -> "Shares | None":
         if values is None:
             return None
         names = sorted({str(value) for value in values if value is not None})
+        if len(names) > _MOST_NAMES:
+            raise ValueError(
+                f"there are {len(names):,} different {kind}, such as {names[0]!r}: shares are kept for up to "
+                f"{_MOST_NAMES}; name a column with fewer"
+            )
         index = {name: i for i, name in enumerate(names)}
         codes = torch.tensor([-1 if value is None else index[str(value)] for value in values])
         return cls(names, codes, torch.zeros(len(names), num_features), torch.zeros(len(names)))
@@ -235,7 +248,7 @@ class Evidence:
         self.top = Peaks(num_features, top_k)
         # Drawn from all texts that activate a feature; enough that something is left without the strongest.
         self.drawn = Peaks(num_features, top_k + NUM_QUANTILES * PER_QUANTILE)
-        self.labels, self.groups = Shares.of(labels, num_features), Shares.of(groups, num_features)
+        self.labels, self.groups = Shares.of("labels", labels, num_features), Shares.of("groups", groups, num_features)
         priorities = np.random.default_rng(0).permutation(len(is_first))
         self._priorities = torch.from_numpy(priorities)
         sampled = int(min(_SAMPLED_TEXTS, max(1, _SAMPLED_TOKENS / mean_tokens)))

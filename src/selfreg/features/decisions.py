@@ -1,6 +1,7 @@
 """A person's verdicts: on disk at once, undone, and taken to a spreadsheet and back."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -78,7 +79,7 @@ class DecisionLog:
         line = {"sae": self.sae_fingerprint, "feature": feature, "undone": undone, "vote": asdict(vote)}
         with self.path.open("a", encoding="utf8") as file:
             # A leading newline keeps a line that was cut short by a kill from swallowing this one.
-            file.write("\n" + json.dumps(line, ensure_ascii=False))
+            file.write("\n" + json.dumps(line))
             file.flush()
             os.fsync(file.fileno())
 
@@ -93,7 +94,7 @@ class DecisionLog:
         # Of each feature, person and label: the last line, and when the latest of all of them was decided.
         last: dict[tuple[int, str, str | None], tuple[Vote, bool]] = {}
         latest: dict[tuple[int, str, str | None], str] = {}
-        for text in self.path.read_text(encoding="utf8").splitlines():
+        for text in self.path.read_text(encoding="utf8").split("\n"):
             try:
                 line: dict[str, Any] = json.loads(text)
             except json.JSONDecodeError:
@@ -179,8 +180,14 @@ def read_csv(path: str | os.PathLike[str], count: int) -> dict[int, tuple[Verdic
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     found: dict[int, tuple[VerdictName, str | None]] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error.reason}): save it as CSV UTF-8") from error
+    with io.StringIO(text, newline="") as file:
+        header = text.partition("\n")[0]
+        # What Excel writes where the comma is the decimal sign.
+        reader = csv.DictReader(file, delimiter=";" if ";" in header and "," not in header else ",")
         missing = {"feature", "person_verdict"} - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"{path} has no column {' and '.join(sorted(missing))}: it has {reader.fieldnames}")

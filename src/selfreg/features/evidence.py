@@ -46,7 +46,7 @@ def build_records(
 
     alive = [feature for feature, peaks in enumerate(top) if peaks]
     nearest = nearest_features(directions_FD, alive)
-    unembedding = unembedding_of(extractor.backbone, extractor.spec.revision)
+    unembedding = unembedding_of(extractor.backbone, extractor.hidden_size, extractor.spec.revision)
     promoted = (
         promoted_tokens(directions_FD, alive, unembedding, extractor.tokenizer) if unembedding is not None else {}
     )

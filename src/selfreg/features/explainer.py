@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from selfreg.features.chat import ChatModel, Choice, Conversation, as_plain_text
-from selfreg.features.records import POSITIVE_VERDICTS, VERDICTS
+from selfreg.features.records import POSITIVE_VERDICTS, VERDICTS, VerdictName
 from selfreg.features.spans import Span
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Explanation:
     """
 
     text: str | None
-    verdict: str | None = None
+    verdict: VerdictName | None = None
     probabilities: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -48,7 +48,7 @@ def explain_features(
     *,
     near_misses: Mapping[int, Sequence[Span]] | None = None,
     max_spans: int = 10,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: "Advance | None" = None,
     on_result: Callable[[int, Explanation], None] | None = None,
 ) -> dict[int, Explanation]:
@@ -80,7 +80,8 @@ def explain_features(
         choices = dict(zip(phrases, chat.choose(questions, VERDICTS), strict=True)) if phrases else {}
         for feature in batch:
             choice = choices.get(feature, Choice(None, {}))
-            results[feature] = Explanation(phrases.get(feature), choice.option, choice.probabilities)
+            verdict = cast(VerdictName | None, choice.option)
+            results[feature] = Explanation(phrases.get(feature), verdict, choice.probabilities)
             if on_result is not None:
                 on_result(feature, results[feature])
             if progress is not None:

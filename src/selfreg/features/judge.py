@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, cast
 from selfreg.features.chat import ChatModel, Message, as_plain_text
 from selfreg.features.explainer import MAX_PHRASE, ONE_WORD, batched, fenced_spans
 from selfreg.features.records import VERDICTS, VerdictName, Vote, now
-from selfreg.features.rubric import Rubric, load_rubric
+from selfreg.features.rubric import Rubric
 from selfreg.features.spans import Span
 
 if TYPE_CHECKING:
     from selfreg.utils.progress import Advance
-
-__all__ = ["judge_features", "load_rubric", "parse_reason"]
 
 _MAX_SPANS = 4
 _MAX_BEFORE, _MAX_AFTER = 100, 50
@@ -29,7 +27,7 @@ def judge_features(
     *,
     labels: Sequence[str] | None = None,
     reasons: bool = True,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: "Advance | None" = None,
     on_result: Callable[[int, list[Vote]], None] | None = None,
 ) -> dict[int, list[Vote]]:

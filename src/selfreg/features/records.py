@@ -55,6 +55,7 @@ class Vote:
         label (`str`, *optional*): the label that it is about; None: all of them.
         person (`bool`): a person's vote, which outranks those of models.
         at (`str`): when, in UTC (ISO 8601).
+        rubric (`str`): beginning of the fingerprint of the rubric that a model judged by.
     """
 
     judge: str
@@ -64,6 +65,7 @@ class Vote:
     label: str | None = None
     person: bool = False
     at: str = ""
+    rubric: str = ""
 
     @property
     def legitimate(self) -> bool:

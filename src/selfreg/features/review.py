@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
-from selfreg.features.decisions import DecisionLog, check_verdict, with_vote, without_vote
+from selfreg.features.decisions import DecisionLog, check_features, check_verdict, with_vote, without_vote
 from selfreg.features.records import POSITIVE_VERDICTS, FeatureRecord, Vote, now
 from selfreg.features.votes import settle, split_votes
 
@@ -103,6 +103,7 @@ class DecisionMaker:
 
     def decide(self, feature: int, verdict: str, *, reason: str | None = None) -> Vote | None:
         """Takes a verdict; gives this person's earlier one, for `restore`."""
+        check_features([feature], len(self.catalog), "decide")
         earlier = own_vote(self.catalog[feature], self.by)
         vote = Vote(self.by, check_verdict(verdict), reason=reason, person=True, at=now())
         self._log.add(feature, vote)

@@ -174,11 +174,6 @@ class FreeTextRubric(Rubric):
         return self.free_text
 
 
-def load_rubric(source: Rubric | str | os.PathLike[str]) -> Rubric:
-    """See `Rubric.load`."""
-    return Rubric.load(source)
-
-
 def _items(lines: Iterable[str]) -> list[str]:
     return [f"- {line}" for line in lines]
 

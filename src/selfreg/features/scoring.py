@@ -83,7 +83,7 @@ def detection_scores(
     records: Iterable[FeatureRecord],
     *,
     max_examples: int = 5,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: "Advance | None" = None,
     on_result: Callable[[int, Score], None] | None = None,
 ) -> dict[int, Score]:
@@ -125,7 +125,7 @@ def fuzzing_scores(
     records: Iterable[FeatureRecord],
     *,
     max_examples: int = 5,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: "Advance | None" = None,
     on_result: Callable[[int, Score], None] | None = None,
 ) -> dict[int, Score]:
@@ -255,9 +255,6 @@ def _plain(text: str) -> str:
 
 
 def _marked(before: str, peak: str, after: str) -> str:
-    # A star of the text that touches a mark would leave open where the mark ends.
-    before, peak = (re.sub(r"(?<=\*)$", " ", part) for part in (before, peak))
-    peak, after = (re.sub(r"^(?=\*)", " ", part) for part in (peak, after))
     return f"{before}**{peak}**{after}"
 
 

@@ -13,7 +13,7 @@ from selfreg.activations.extractor import HiddenStateExtractor
 _TOKENS_BEFORE, _TOKENS_AFTER = 10, 5
 _MAX_WORD = 20
 # Peaks that are cut together: their texts are tokenised in one call, which the tokenizer spreads over threads.
-_BATCH = 1 << 14
+_BATCH, _BATCH_CHARACTERS = 1 << 14, 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,14 @@ def cut_spans(
     layout = extractor.layout
     start = 0
     while start < len(peaks):
-        # The peaks of the next texts, a batch of texts at a time.
-        ids = sorted({text_id for text_id, _ in peaks[start : start + _BATCH]})
+        # The peaks of the next texts, so many that neither they nor their texts take much memory.
+        ids: list[int] = []
+        characters = 0
+        for text_id in dict.fromkeys(text_id for text_id, _ in peaks[start : start + _BATCH]):
+            if ids and characters > _BATCH_CHARACTERS:
+                break
+            ids.append(text_id)
+            characters += len(texts[text_id])
         end = bisect_right(peaks, (ids[-1], 1 << 62), lo=start)
         encoded = extractor.tokenizer([texts[i] for i in ids], return_attention_mask=False, verbose=False)
         # Of the few tokens that are asked for, the encodings tell the offsets faster than as lists of all of them.

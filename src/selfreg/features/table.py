@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from selfreg.features.records import FeatureRecord, Neighbour, Score, Vote
+from selfreg.features.records import VERDICTS, FeatureRecord, Neighbour, Score, Vote
 from selfreg.features.spans import Span
 
 _SPAN = pa.struct(
@@ -40,6 +40,7 @@ _VOTE = pa.struct(
         ("label", pa.string()),
         ("person", pa.bool_()),
         ("at", pa.string()),
+        ("rubric", pa.string()),
     ]
 )
 SCORE_NAMES = ("detection", "fuzzing", "probe")
@@ -105,6 +106,11 @@ def _row(record: FeatureRecord) -> dict[str, Any]:
 
 
 def _record(row: dict[str, Any]) -> FeatureRecord:
+    wrong = {pair["verdict"] for pair in [*row["label_verdicts"], *row["votes"]]}
+    wrong |= {row["verdict"], row["explanation_verdict"]}
+    wrong -= {None, *VERDICTS}
+    if wrong:
+        raise ValueError(f"feature {row['feature']} has a verdict {wrong.pop()!r}: known are {', '.join(VERDICTS)}")
     for name in ("spans", "near_misses", "silent_spans"):
         row[name] = [Span(**span) for span in row[name]]
     row["quantile_spans"] = [[Span(**span) for span in part] for part in row["quantile_spans"]]

@@ -24,7 +24,7 @@ def upload_folder(
 
 def is_repo_id(name: str) -> bool:
     """Whether a name can be that of a repo with its owner; anything else is a path."""
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None
 
 
 def download_dataset(
@@ -36,13 +36,18 @@ def download_dataset(
         FileNotFoundError: there is no such data set, or no way to it.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         found = snapshot_download(
             repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=list(files)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise FileNotFoundError(
             f"{repo_id} is no folder on this machine, and the data set of this name could not be read from the Hub "
             f"({type(error).__name__}): check its name, and HF_HUB_OFFLINE or your token"

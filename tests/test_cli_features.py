@@ -214,7 +214,7 @@ def test_a_server_that_goes_away_loses_nothing(
     active = sum(bool(record.spans) for record in catalog)
     server.script, before = [good], len(server.bodies)
     assert f"{active} of {active} features explained" in run(*settings)
-    assert len(server.bodies) - before == 2 * active - 32
+    assert len(server.bodies) - before == 2 * active - 64
 
 
 def test_stopped_by_a_key(folder: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:

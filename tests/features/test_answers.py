@@ -225,9 +225,9 @@ def test_spreadsheet_out_and_in(catalog: FeatureCatalog, tmp_path: Path) -> None
     assert catalog[9].decided_by == "Ada"
     for rows, message in {
         "1,Yes,\n999,No,\n": r"line 3: features \[999\] are not there",
-        "1,Yse,\n": r"line 2: verdict 'Yse' is not known",
+        "1,Yse,\n": r"feature 1: verdict 'Yse' is not known",
         "x,Yes,\n": "line 2: feature 'x' is not a number",
-        "1,Yes,\n1,No,\n": "line 3: feature 1 stands in the file twice",
+        "1,Yes,\n1,No,\n": "feature 1: it stands in the file twice",
     }.items():
         with pytest.raises(ValueError, match=message):
             catalog.read_csv(fill("b.csv", rows), by="Ada")

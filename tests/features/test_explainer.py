@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -86,7 +87,7 @@ class TestExplain:
 
     def test_number_of_spans(self) -> None:
         chat = FakeChat(lambda _prompt: "p")
-        explain_features(chat, {0: [span()] * 20}, max_spans=4)
+        explain_features(chat, {0: [replace(span(), before=f"{i} the ") for i in range(20)]}, max_spans=4)
         assert "\n4. " in chat.completed[0][0]
         assert "\n5. " not in chat.completed[0][0]
 
@@ -143,6 +144,9 @@ class TestParsePhrase:
             "I can't tell what these share.",
             "Cannot tell!",
             "They have nothing in common.",
+            "The marked words have no common meaning",
+            "1. the **cat** sat on the mat",
+            "The marked words of the first texts, in their context, are:",
         ],
     )
     def test_cannot_tell(self, answer: str) -> None:
@@ -182,3 +186,18 @@ class TestFence:
         assert listed.count("</texts>") == 1
         assert lines[1].count("**") == 2
         assert len(lines[1]) < 450
+
+
+def test_a_copied_text_is_no_explanation() -> None:
+    text = Span(0, 1, 1.0, "We open on a dark and stormy night in ", "Springfield", ", Illinois")
+    chat = FakeChat(lambda _prompt: "we open on a dark and stormy night in Springfield")
+    (found,) = explain_features(chat, {0: [text]}).values()
+    assert found == Explanation(None)
+
+
+def test_spans_of_the_same_wording_are_shown_once() -> None:
+    chat = FakeChat(lambda _prompt: "p")
+    twice = replace(span(), text_id=7)
+    explain_features(chat, {0: [span(), twice, replace(span(), before="another ")]})
+    assert "\n2. another " in chat.completed[0][0]
+    assert "\n3. " not in chat.completed[0][0]

@@ -148,15 +148,15 @@ def test_split_votes_most_evenly_split_first() -> None:
 
 class TestAgreement:
     def test_equals_scikit_learn(self) -> None:
-        ours: list[VerdictName] = ["Yes", "Yes", "No", "Maybe", "Probably", "No"]
-        theirs: list[VerdictName] = ["Probably", "No", "No", "No", "Yes", "Yes"]
+        ours: list[VerdictName] = ["Yes", "Yes", "No", "Maybe", "Probably", "No"] * 2
+        theirs: list[VerdictName] = ["Probably", "No", "No", "No", "Yes", "Yes"] * 2
         records = [
             FeatureRecord(i, votes=[vote("a", a), vote("Ann", b, person=True)])
             for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
         ]
-        (found,) = agreement([*records, FeatureRecord(9, votes=[vote("a", "Yes"), vote("Ann", None, person=True)])])
-        assert (found.first, found.second, found.features) == ("a", "Ann", 6)
-        assert found.kappa == pytest.approx(cohen_kappa_score([1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1]))
+        (found,) = agreement([*records, FeatureRecord(99, votes=[vote("a", "Yes"), vote("Ann", None, person=True)])])
+        assert (found.first, found.second, found.features) == ("a", "Ann", 12)
+        assert found.kappa == pytest.approx(cohen_kappa_score([1, 1, 0, 0, 1, 0] * 2, [1, 0, 0, 0, 1, 1] * 2))
         assert found.observed == pytest.approx(4 / 6)
         assert found.low is not None
         assert found.high is not None
@@ -167,6 +167,18 @@ class TestAgreement:
         records = [FeatureRecord(i, votes=[vote("a", "Yes"), vote("b", "Probably")]) for i in range(4)]
         (found,) = agreement(records)
         assert (found.kappa, found.low, found.high, found.observed) == (None, None, None, 1.0)
+
+    def test_no_interval_of_few_or_of_judges_that_never_differ(self) -> None:
+        def pairs(count: int, second: VerdictName | None) -> list[FeatureRecord]:
+            verdicts: list[VerdictName] = ["Yes" if i % 2 else "No" for i in range(count)]
+            return [
+                FeatureRecord(i, votes=[vote("a", verdict), vote("b", second or verdict)])
+                for i, verdict in enumerate(verdicts)
+            ]
+
+        for records, kappa in ((pairs(9, None), 1.0), (pairs(40, None), 1.0), (pairs(40, "Yes"), 0.0)):
+            (found,) = agreement(records)
+            assert (found.kappa, found.low, found.high) == (kappa, None, None)
 
     def test_one_question(self) -> None:
         (found,) = agreement([FeatureRecord(0, votes=[vote("a", "Yes"), vote("b", "No")])])
@@ -204,7 +216,7 @@ PER_LABEL: list[tuple[str, str, VerdictName]] = [
 
 def test_bootstrap_of_the_closed_form() -> None:
     # Two features of opposite kinds: a resample is of both (kappa 1) or of one alone (undefined).
-    assert _interval([[(True, True)], [(False, False)]], seed=0) == (1.0, 1.0)
+    assert _interval([[(True, True)], [(False, False)]], seed=0) == (None, None)
     low, high = _interval([[(True, True)], [(False, False)], [(True, False)], [(False, True)]] * 50, seed=0)
     assert low is not None
     assert high is not None

@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,8 +93,18 @@ def source_fingerprint(source: ModelSource) -> str | None:
     return fingerprint_strings([part for path in files for part in (path.name, fingerprint_file(path))])
 
 
+@contextmanager
+def named_errors(what: str) -> Iterator[None]:
+    """An OSError of `from_pretrained`, which does not always say which model it was, begins with what was loaded."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{what} can't be loaded: {error}") from error
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(source.path, **source.kwargs())
+    with named_errors(f"the backbone {source.path!r}"):
+        return AutoTokenizer.from_pretrained(source.path, **source.kwargs())
 
 
 def load_backbone(

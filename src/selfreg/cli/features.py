@@ -26,7 +26,7 @@ from selfreg.cli.chats import (
     tell_estimate,
     tell_usage,
 )
-from selfreg.cli.common import clear_errors, say, setup
+from selfreg.cli.common import clear_errors, say, setup, warn
 from selfreg.cli.features_view import agreement, export, import_, show
 from selfreg.cli.inputs import (
     CatalogFolder,
@@ -57,6 +57,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+_LONGEST = 128
+"""Tokens of a text that count towards --max-tokens, where the SAE does not say."""
 
 Which = Annotated[
     str | None, typer.Option("--features", metavar="N,N,...", help="These features only, by their numbers.")
@@ -97,9 +100,11 @@ def build(
         check_output(output)
         sae = load_sae(source, subfolder, revision, model, layer)
         sae.to(default_device())  # type: ignore[arg-type]  # `to` is typed unbound
-        extractor = extractor_of(sae)
         columns = [column, *(name for name in (label, group) if name is not None)]
-        rows = read_rows(texts, columns, split, max_tokens, extractor.spec.max_length)
+        spec = sae.config.hidden_state_spec()
+        # Before the backbone, which takes long to load.
+        rows = read_rows(texts, columns, split, max_tokens, spec.max_length if spec else _LONGEST)
+        extractor = extractor_of(sae)
         found = [row[column] for row in rows]
         store = extractor.extract(found, output / ".work" / "states")
         catalog = FeatureCatalog.build(
@@ -238,6 +243,9 @@ def judge(
         chosen = _numbers(features, catalog)
         what = _rubric(rubric)
         chats = open_chats(local, endpoint, model, api_key_env, concurrency)
+        if not any(record.explained for record in _chosen(catalog, chosen)):
+            # Before a local model is loaded, which the line above does not do yet.
+            raise ValueError(f"no feature is explained that could be judged: selfreg features explain {folder} first")
         total = 0.0
         for opened in chats:
             chat = opened()
@@ -251,6 +259,7 @@ def judge(
             with saved(catalog, folder):
                 catalog.judge(chat, what, features=chosen, cache=folder / ANSWERS_NAME, reasons=reasons)
             tell_usage(chat)
+            _tell_votes(chat.name, _chosen(catalog, chosen))
             del chat  # before the next judge is loaded
         if dry_run:
             _tell_price(total, price)
@@ -292,6 +301,18 @@ def _rubric(source: str) -> "Rubric":
             "path of a YAML or text file, or the text itself"
         )
     return rubric
+
+
+def _tell_votes(judge: str, records: Sequence["FeatureRecord"]) -> None:
+    """What one judge said, apart from what the votes of all come to."""
+    from selfreg.features.records import VERDICTS
+
+    given = [vote.verdict for record in records for vote in record.votes if vote.judge == judge and not vote.person]
+    counts = ", ".join(f"{verdict} {given.count(verdict):,}" for verdict in VERDICTS)
+    undecided = given.count(None)
+    say(f"{judge}: {counts}, undecided {undecided:,}")
+    if 2 * undecided > len(given):
+        warn(f"{judge} mostly gave no answer that is one of the options: look at its answers, or take another model")
 
 
 def _tell_price(total: float, price: tuple[float, float] | None) -> None:

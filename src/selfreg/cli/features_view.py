@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from selfreg.cli.common import clear_errors, console, say, setup
+from selfreg.cli.common import clear_errors, console, say, setup, warn
 from selfreg.cli.inputs import CatalogFolder, open_catalog
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def export(
     """
     with clear_errors():
         setup()
+        if file.exists():
+            raise ValueError(f"{file} is there already, and may hold verdicts: choose another name, or remove it")
         count = open_catalog(folder).to_csv(file)
         say(f"{file}  {count:,} features")
         say(f"fill in person_verdict, then: selfreg features import {folder} {file} --by NAME")
@@ -157,6 +159,8 @@ def import_(
             decisions.decide(feature, verdict, reason=reason)
         catalog.save_pretrained(folder)
         say(f"{len(found):,} {'verdict' if len(found) == 1 else 'verdicts'} of {by} taken from {file}")
+        if not found:
+            warn("person_verdict is empty in all lines: fill it in with Yes, Probably, Maybe or No")
 
 
 def _known_first(record: "FeatureRecord") -> tuple[bool, bool, bool, int]:

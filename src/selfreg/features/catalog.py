@@ -301,9 +301,7 @@ class FeatureCatalog:
         chosen = [record for record in judged if not record.legitimate]
         chosen.sort(key=lambda record: (-record.verdict_probabilities.get("No", 0.0), record.feature))
         reasons = [
-            f"judged {record.verdict} by {record.decided_by}: "
-            f"{record.explanation or record.reason or 'without an explanation'}"
-            for record in chosen[:max_features]
+            f"judged {record.verdict} by {record.decided_by}: {_why(record)}" for record in chosen[:max_features]
         ]
         return UnintendedFeatures.from_ids(sae, [record.feature for record in chosen[:max_features]], reasons=reasons)
 
@@ -398,3 +396,10 @@ class FeatureCatalog:
         records = from_table(table)
         DecisionLog(folder, info["sae_fingerprint"]).apply(records)
         return cls(records, spec, info)
+
+
+def _why(record: FeatureRecord) -> str:
+    """A person's own reason, where a person decided; else what the feature stands for."""
+    by_person = any(vote.person and vote.judge == record.decided_by for vote in record.votes)
+    reason = record.reason if by_person else None
+    return reason or record.explanation or "without an explanation"

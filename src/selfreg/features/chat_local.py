@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from selfreg.activations.backbone import resolve_model
+from selfreg.activations.backbone import named_errors, resolve_model
 from selfreg.features.answer_cache import AnswerCache, answer_key, dump_choice, load_choice
 from selfreg.features.chat import Choice, Conversation, check_conversations, check_options
 from selfreg.features.chat_usage import ChatUsage
@@ -69,11 +69,13 @@ class LocalChatModel:
         batch_size: int = 8,
     ) -> None:
         source = resolve_model(model_name_or_path, revision=revision, gguf_file=gguf_file)
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs())
+        with named_errors(f"the chat model {model_name_or_path!r}"):
+            tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs())
         _check_template(tokenizer, model_name_or_path)  # before the minutes that loading a large model takes
         device = torch.device(device) if device is not None else default_device()
         loaded_dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=loaded_dtype, **source.kwargs())
+        with named_errors(f"the chat model {model_name_or_path!r}"):
+            model = AutoModelForCausalLM.from_pretrained(source.path, dtype=loaded_dtype, **source.kwargs())
         name = model_name_or_path if revision is None else f"{model_name_or_path}@{revision}"
         self._set(model.to(device), tokenizer, name, batch_size)  # type: ignore[arg-type]  # `to` is typed unbound
         self._identity.append(gguf_file or "")

@@ -200,8 +200,9 @@ def read_csv(path: str | os.PathLike[str], count: int) -> dict[int, tuple[Verdic
             except ValueError:
                 raise ValueError(f"{where}: feature {row['feature']!r} is not a number") from None
             check_features([feature], count, where)
+            where = f"{path}, feature {feature}"
             if feature in found:
-                raise ValueError(f"{where}: feature {feature} stands in the file twice")
+                raise ValueError(f"{where}: it stands in the file twice")
             try:
                 verdict = check_verdict(row["person_verdict"])
             except ValueError as error:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from selfreg.utils.progress import Advance
 
 MAX_PHRASE = 160
+_LONG = 25
 MAX_MISSES = 3
 """Near misses that the explainer is shown; scores are taken on others."""
 _MAX_BEFORE, _MAX_PEAK, _MAX_AFTER = 200, 80, 100
@@ -71,11 +72,15 @@ def explain_features(
     """
     results: dict[int, Explanation] = {}
     for batch in batched(spans, batch_size):
-        shown = {feature: list(spans[feature][:max_spans]) for feature in batch}
+        shown = {feature: distinct(spans[feature])[:max_spans] for feature in batch}
         asked = [feature for feature in batch if shown[feature]]
         prompts = [_explain_prompt(shown[f], (near_misses or {}).get(f, ())) for f in asked]
         answers = chat.complete(prompts, max_new_tokens=_PHRASE_TOKENS) if asked else []
-        phrases = {f: phrase for f, answer in zip(asked, answers, strict=True) if (phrase := parse_phrase(answer))}
+        phrases = {
+            f: phrase
+            for f, answer in zip(asked, answers, strict=True)
+            if (phrase := parse_phrase(answer)) and not _is_copy(phrase, shown[f])
+        }
         questions = [_verify_prompt(phrase, shown[feature]) for feature, phrase in phrases.items()]
         choices = dict(zip(phrases, chat.choose(questions, VERDICTS), strict=True)) if phrases else {}
         for feature in batch:
@@ -124,9 +129,20 @@ def parse_phrase(answer: str) -> str | None:
     phrase = as_plain_text(first).strip().strip("\"'`*“”").strip()
     if len(phrase) > MAX_PHRASE:
         phrase = phrase[: MAX_PHRASE - 1].rstrip() + "…"
-    if not phrase or _CANNOT_TELL.search(phrase):
+    if not phrase or _CANNOT_TELL.search(phrase) or _ECHO.search(phrase):
         return None
     return phrase
+
+
+def _is_copy(phrase: str, spans: Sequence[Span]) -> bool:
+    """Whether a phrase is one of the texts that it should describe, or most of one."""
+    bare = " ".join(phrase.casefold().rstrip("…").split())
+    return len(bare) > _LONG and any(bare in " ".join(as_plain_text(str(span)).casefold().split()) for span in spans)
+
+
+def distinct(spans: Sequence[Span]) -> list[Span]:
+    """Spans of different wording, the first of each: texts that differ elsewhere are no further evidence."""
+    return list({" ".join(str(span).casefold().split()): span for span in reversed(spans)}.values())[::-1]
 
 
 # The second is how small models say it, in the words of the question.
@@ -135,6 +151,9 @@ _CANNOT_TELL = re.compile(
     r"|\bnothing in common\b|\bno(thing)? (common|shared)\b|\bnot have (anything|much) in common\b",
     re.IGNORECASE,
 )
+
+# The list that was shown, copied with its number or marks; or the words before a list of its own.
+_ECHO = re.compile(r"^\d+\.\s|\*\*|:$")
 
 _INTRODUCTION = (
     "Below are short texts. A detector inside a language model reacted to each of them, most of all to the word "

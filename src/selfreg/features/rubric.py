@@ -205,7 +205,10 @@ def _from_yaml(path: Path) -> Rubric:
     try:
         return Rubric.model_validate(values)
     except ValidationError as error:
-        lines = "\n  ".join(explain_errors(error, Rubric))
+        found = explain_errors(error, Rubric)
+        if any(line.startswith("unknown key 'examples.") for line in found):
+            found.append("a value with a comma inside {...} must be quoted")
+        lines = "\n  ".join(found)
         raise ValueError(f"{source} can't be used; guide: {GUIDE}\n  {lines}") from error
 
 

@@ -36,7 +36,7 @@ _FEW_TEXTS = 10
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnintendedFeatures:
     """The unintended features of an SAE: U of them, for states of width D.
 
@@ -63,6 +63,10 @@ class UnintendedFeatures:
 
     def __len__(self) -> int:
         return len(self.feature_ids)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(str, self.feature_ids[:8])) + (", …" if len(self) > 8 else "")
+        return f"UnintendedFeatures({len(self)} of {self.num_features}: {shown})"
 
     @property
     def hidden_size(self) -> int:

@@ -10,6 +10,7 @@ from sklearn.metrics import cohen_kappa_score
 from selfreg.features.records import POSITIVE_VERDICTS, VERDICTS, FeatureRecord, VerdictName, Vote
 
 _RESAMPLES = 1000
+_FEWEST = 10
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Agreement:
         kappa (`float`, *optional*): Cohen's kappa, 1: always of one mind, 0: no more than by chance. None where it is
             undefined: both gave one and the same answer throughout.
         low (`float`, *optional*), high (`float`, *optional*): its 95 % bootstrap interval over features; None where
-            kappa is, or for a single question.
+            kappa is, for fewer than 10 features, and where resamples show no spread: all agree, or one always says
+            the same.
         observed (`float`): share of the questions that they answered alike.
     """
 
@@ -228,7 +230,7 @@ def _agreement(first: str, second: str, pairs: Sequence[Sequence[tuple[bool, boo
     kappa = float(cohen_kappa_score(ours, theirs))
     low = high = None
     if len(pairs) > 1:
-        low, high = _interval(pairs, seed)
+        low, high = _interval(pairs, seed) if len(pairs) >= _FEWEST else (None, None)
     return Agreement(first, second, len(flat), kappa, low, high, observed)
 
 
@@ -246,7 +248,8 @@ def _interval(pairs: Sequence[Sequence[tuple[bool, bool]]], seed: int) -> tuple[
         return None, None
     kappas = ((both + neither) / total - chance)[defined] / (1 - chance[defined])
     low, high = np.quantile(kappas, (0.025, 0.975))
-    return float(low), float(high)
+    # Where all agree, or one judge always says the same, every resample does: that is no certainty.
+    return (float(low), float(high)) if low < high else (None, None)
 
 
 _KINDS = ((True, True), (True, False), (False, True), (False, False))

@@ -55,7 +55,8 @@ def progress(
     started, count = time.perf_counter(), 0
 
     def rate() -> str:
-        return f"{count / max(time.perf_counter() - started, 1e-9):,.0f} {unit}/s"
+        each_second = count / max(time.perf_counter() - started, 1e-9)
+        return f"{each_second:,.0f} {unit}/s" if each_second >= 10 else f"{each_second:.2g} {unit}/s"
 
     def advance(n: int, /) -> None:
         nonlocal count

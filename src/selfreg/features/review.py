@@ -33,7 +33,7 @@ def select(records: Iterable[FeatureRecord], only: Selection) -> list[FeatureRec
         case "undecided":
             return [record for record in seen if record.explained and record.verdict is None]
         case "unintended":
-            found = [record for record in seen if _counts(record) and not record.legitimate]
+            found = [record for record in seen if record.judged and not record.legitimate]
             return sorted(found, key=lambda record: -record.verdict_probabilities.get("No", 0.0))
         case "all":
             return seen
@@ -72,10 +72,6 @@ def own_vote(record: FeatureRecord, by: str) -> Vote | None:
 def evenly_split(record: FeatureRecord) -> bool:
     """Whether its votes come to nothing since as many are for as against."""
     return settle(record.votes).split
-
-
-def _counts(record: FeatureRecord) -> bool:
-    return record.verdict is not None and (record.explained or any(vote.person for vote in record.votes))
 
 
 def _sureness(record: FeatureRecord) -> float:

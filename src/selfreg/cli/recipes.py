@@ -89,9 +89,13 @@ def _run(recipe: Any) -> None:
 def _table(methods: dict[str, Any], eval_name: str) -> Table:
     # Without vertical lines it fits a terminal of 80 columns.
     table = Table(
-        title=escape(f"on {eval_name}"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
+        title=escape(f"on {eval_name}"),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("classifier")
+    table.add_column("classifier", no_wrap=True, min_width=max(map(len, methods)))
     for title in _COLUMNS.values():
         table.add_column(title, justify="right")
     # Before, then after, then what else one could do.

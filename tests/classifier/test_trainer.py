@@ -23,9 +23,10 @@ from selfreg import (
     RegularizedTrainingArguments,
     UnintendedFeatures,
 )
-from selfreg.classifier.baselines import FittedHead, _FocalTrainer, fit_baseline, fit_head, leace_eraser
+from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head, focal_loss, leace_eraser
 from selfreg.classifier.penalty import dependence_directions, dependence_term, similarity_penalty
 from selfreg.classifier.states import PooledStates
+from selfreg.classifier.tasks import held_constant
 
 
 @pytest.fixture
@@ -116,7 +117,8 @@ def test_both_terms_shrink_what_they_are_about(
         rows = model.encoder_directions if similarity == "encoder" else model.decoder_directions
         # Measured with the directions of a run that has them, whichever terms were on.
         states = model.pooled_states(texts, [row["label"] for row in make_rows(texts)])
-        reference = dependence_directions(model.standardize(states.pooled), states.activations, states.labels)
+        constant = held_constant("single_label", states.labels)
+        reference = dependence_directions(model.standardize(states.pooled), states.activations, constant)
         weight = model.score.weight.detach()
         return (
             float(similarity_penalty(weight, rows, similarity)),  # type: ignore[arg-type]
@@ -326,12 +328,11 @@ def test_baselines_that_keep_from_being_too_sure(frozen: HiddenStateExtractor, t
 def test_focal_loss_is_its_formula() -> None:
     logits = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     labels, weight = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([1.0, 2.0, 0.5])
-    loss_of = _FocalTrainer.loss_of
     right = logits.softmax(-1)[torch.arange(7), labels]
     each = -((1 - right) ** 2) * right.log()
-    torch.testing.assert_close(loss_of(None, logits, labels, None), each.mean())  # type: ignore[arg-type]
+    torch.testing.assert_close(focal_loss("single_label", logits, labels, None, None), each.mean())
     weighted = (weight[labels] * each).sum() / weight[labels].sum()
-    torch.testing.assert_close(loss_of(None, logits, labels, weight), weighted)  # type: ignore[arg-type]
+    torch.testing.assert_close(focal_loss("single_label", logits, labels, weight, None), weighted)
 
 
 def test_projection_leaves_nothing_along_the_features(frozen: HiddenStateExtractor, tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ class HiddenStateExtractor:
         pooling: how the states of a text become one: `"mean"`, `"last"` or `"cls"`.
         max_length: tokens of a prompt; longer texts lose their end.
         template: prompt around each text, with `{text}` where it goes. The two sides are tokenised by themselves: end
-            the first with a line break rather than a space.
+            the first with a line break rather than a space. `"{chat}"`: texts are conversations as the tokenizer's
+            chat template writes them (see `conversation.render`), and the tokens that count are those of the last
+            reply.
         token_rule: which tokens count: `"text_no_sinks"`, `"text"` or `"all"`; see `select_tokens`.
         name: what to call the backbone in stores, SAEs and classifiers, so that it is found again.
         revision, gguf_file: likewise.
@@ -326,7 +328,7 @@ class HiddenStateExtractor:
             positions=torch.cat(position_list).int(),
             token_ids=torch.cat(token_ids).int(),
             cls_states=torch.stack([c for c in cls_states if c is not None]) if self.pooling == "cls" else None,
-            full_texts=sum(end - start >= self.layout.text_room for _, start, end in prompts),
+            full_texts=sum(len(ids) >= self.layout.max_length for ids, _, _ in prompts),
         )
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[tuple[list[int], PromptBatch]]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from selfreg.activations.conversation import CHAT, ReplyFrame
+
 Pooling = Literal["last", "mean", "cls"]
 TokenRule = Literal["text_no_sinks", "text", "all"]
 
@@ -46,6 +48,8 @@ class PromptLayout:
         keep_special (`bool`): whether those stay; not where the template brings its own special tokens, or there
             would be two BOS.
         max_length (`int`): tokens of a whole prompt. Longer texts lose their end, the template stays.
+        frame (`ReplyFrame`, *optional*): of conversations (template `"{chat}"`). The text is then the last reply;
+            where all is too long, what was said before it loses its beginning first.
     """
 
     prefix: tuple[int, ...]
@@ -54,6 +58,7 @@ class PromptLayout:
     num_trailing: int
     keep_special: bool
     max_length: int
+    frame: ReplyFrame | None = None
 
     @classmethod
     def from_tokenizer(
@@ -61,7 +66,8 @@ class PromptLayout:
     ) -> "PromptLayout":
         """
         Raises:
-            ValueError: the template has not exactly one `{text}`, or it leaves no room for a text.
+            ValueError: the template has not exactly one `{text}`, or it leaves no room for a text; or it is
+                `"{chat}"` and the tokenizer has no chat template.
         """
         probe = tokenizer(REFERENCE_TEXT, return_special_tokens_mask=True)["special_tokens_mask"]
         if 0 not in probe:
@@ -70,7 +76,8 @@ class PromptLayout:
         prefix: tuple[int, ...] = ()
         suffix: tuple[int, ...] = ()
         keep_special = True
-        if template is not None:
+        frame = ReplyFrame.from_tokenizer(tokenizer) if template == CHAT else None
+        if template is not None and frame is None:
             if template.count("{text}") != 1:
                 raise ValueError(f"template {template!r} must hold {{text}} exactly once")
             before, after = template.split("{text}")
@@ -80,7 +87,7 @@ class PromptLayout:
             )
             special = set(tokenizer.all_special_ids)
             keep_special = not special.intersection(prefix + suffix)
-        layout = cls(prefix, suffix, num_leading, num_trailing, keep_special, max_length)
+        layout = cls(prefix, suffix, num_leading, num_trailing, keep_special, max_length, frame)
         if layout.text_room < 1:
             raise ValueError(f"max_length={max_length} leaves no room for a text: the template alone takes it all")
         return layout
@@ -89,16 +96,34 @@ class PromptLayout:
     def text_room(self) -> int:
         """Tokens of a prompt that are left for the text."""
         special = (self.num_leading + self.num_trailing) if self.keep_special else 0
-        return self.max_length - len(self.prefix) - len(self.suffix) - special
+        around = len(self.prefix) + len(self.suffix)
+        if self.frame is not None:
+            around = len(self.frame.header) + len(self.frame.gap) + len(self.frame.footer)
+        return self.max_length - around - special
 
     def wrap(self, token_ids: list[int]) -> tuple[list[int], int, int]:
         """From what `tokenizer(text)` gives to the prompt, and the first and one past the last token of the text."""
+        if self.frame is not None:
+            return self._wrap_conversation(token_ids, self.frame)
         end = len(token_ids) - self.num_trailing
         text = token_ids[self.num_leading : end][: self.text_room]
         head = token_ids[: self.num_leading] if self.keep_special else []
         tail = token_ids[end:] if self.keep_special else []
         start = len(head) + len(self.prefix)
         return [*head, *self.prefix, *text, *self.suffix, *tail], start, start + len(text)
+
+    def _wrap_conversation(self, token_ids: list[int], frame: ReplyFrame) -> tuple[list[int], int, int]:
+        end = len(token_ids) - self.num_trailing
+        head, inner, tail = token_ids[: self.num_leading], token_ids[self.num_leading : end], token_ids[end:]
+        first, last = frame.locate(inner)
+        before, reply, after = inner[:first], inner[first:last], inner[last:]
+        room = self.max_length - len(head) - len(after) - len(tail)
+        # The reply is what is judged: what was said before gives way to it, down to the header.
+        opening = min(first, len(frame.header) + len(frame.gap))
+        kept = min(first, max(room - len(reply), opening))
+        before, reply = before[first - kept :], reply[: max(room - kept, 0)]
+        start = len(head) + len(before)
+        return [*head, *before, *reply, *after, *tail], start, start + len(reply)
 
 
 class PromptBatch(NamedTuple):

@@ -8,7 +8,6 @@ features' decoder directions (`projection`).
 """
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import orthonormal_basis
 from selfreg.classifier.states import PooledStates
+from selfreg.classifier.tasks import Task
 from selfreg.classifier.trainer import RegularizedTrainer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 
@@ -56,22 +56,23 @@ class FittedHead:
 
     @torch.inference_mode()
     def states(self, states: PooledStates) -> Tensor:
-        """Raw pooled states -> what the head sees, `[N, hidden_size]`, on the CPU."""
-        return self._standardized(states).cpu()
+        """Raw pooled states -> what the head sees, `[N, hidden_size]`, on the CPU; of pairs, chosen less rejected."""
+        seen = self.model.standardize(self._erased(states)).cpu()
+        return seen[:, 0] - seen[:, 1] if states.are_pairs else seen
 
     @torch.inference_mode()
     def logits(self, states: PooledStates) -> Tensor:
-        """Raw pooled states -> logits `[N, num_labels]`, on the CPU."""
-        return self.model.score(self._standardized(states)).cpu()
+        """Raw pooled states -> logits `[N, L]`, on the CPU; of pairs the scores of both sides, `[N, 2]`."""
+        return self.model.logits(self._erased(states)).cpu()
 
     @property
     def weight(self) -> Tensor:
         """`[num_labels, hidden_size]`, over what `states` gives, on the CPU."""
         return self.model.score.weight.detach().cpu()
 
-    def _standardized(self, states: PooledStates) -> Tensor:
+    def _erased(self, states: PooledStates) -> Tensor:
         # The Trainer leaves the head on the accelerator; cached states are on the CPU.
-        return self.model.standardize(self.erase(states.pooled).to(self.model.score.weight.device))
+        return self.erase(states.pooled).to(self.model.score.weight.device)
 
 
 def fit_head(
@@ -122,7 +123,7 @@ def fit_baseline(
         callbacks: for the Trainer.
 
     Returns:
-        None where the method does not apply: `leace` without groups.
+        None where the method does not apply: `leace` without groups, `label_smoothing` and `focal` without labels.
 
     Raises:
         ValueError: an unknown name.
@@ -140,17 +141,20 @@ def fit_baseline(
         label2id=config.label2id,
         unintended_feature_ids=[],
         remove_unintended=False,
+        task=config.task,
     )
     model = RegularizedSequenceClassifier(plain)
     if name in ("plain", "l2"):
         return fit_head(name, model, args, train, callbacks=callbacks)
+    if name in ("label_smoothing", "focal") and config.task == "regression":
+        return None
     if name in _TRAINERS:
         return fit_head(name, model, args, train, callbacks=callbacks, trainer_class=_TRAINERS[name])
     if name == "leace":
         if groups is None or len({group for group in groups if group is not None}) < 2:
             logger.warning("leace needs the group of the training texts (data.group): left out")
             return None
-        erase = leace_eraser(train.pooled, groups)
+        erase = leace_eraser(train.compared[0], groups, differences=train.are_pairs)
     elif name == "projection":
         if directions is None:
             raise ValueError("projection needs the decoder directions of the unintended features")
@@ -172,35 +176,52 @@ class _DropoutTrainer(RegularizedTrainer):
         return super().task_loss(model, inputs)
 
 
-class _LossTrainer(RegularizedTrainer, ABC):
-    """Another loss of the logits in training."""
+class _LabelSmoothingTrainer(RegularizedTrainer):
+    """Some of the target's probability is spread over all labels, or over both sides of a pair."""
 
-    def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
+    def loss_of(
+        self, logits: Tensor, labels: Tensor, model: RegularizedSequenceClassifier, **columns: Tensor | None
+    ) -> Tensor:
+        own: Tensor = super().loss_of(logits, labels, model, **columns)
         if not model.training:
-            return super().task_loss(model, inputs)
-        outputs = model(pooled=inputs["pooled"])
-        weight = None if self._class_weights is None else self._class_weights.to(outputs.logits)
-        return self.loss_of(outputs.logits, inputs["labels"], weight), outputs
-
-    @abstractmethod
-    def loss_of(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
-        """The loss of `logits` `[B, L]`; `weight` is of the labels."""
+            return own
+        spread = _spread_loss(model.task, logits, columns.get("sample_weights"))
+        return (1 - _LABEL_SMOOTHING) * own + _LABEL_SMOOTHING * spread
 
 
-class _LabelSmoothingTrainer(_LossTrainer):
-    """Some of the target's probability is spread over all labels."""
-
-    def loss_of(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
-        return F.cross_entropy(logits, labels, weight=weight, label_smoothing=_LABEL_SMOOTHING)
-
-
-class _FocalTrainer(_LossTrainer):
+class _FocalTrainer(RegularizedTrainer):
     """Texts that are told well already count less: (1 - p)^γ · cross-entropy, p the probability of the true label."""
 
-    def loss_of(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
-        each = F.cross_entropy(logits, labels, reduction="none")
-        weights = torch.ones_like(each) if weight is None else weight[labels]
-        return (weights * (1 - torch.exp(-each)).pow(_FOCAL_GAMMA) * each).sum() / weights.sum()
+    def loss_of(
+        self, logits: Tensor, labels: Tensor, model: RegularizedSequenceClassifier, **columns: Tensor | None
+    ) -> Tensor:
+        if not model.training:
+            return super().loss_of(logits, labels, model, **columns)
+        return focal_loss(model.task, logits, labels, self._label_weights, columns.get("sample_weights"))
+
+
+def focal_loss(
+    task: Task, logits: Tensor, labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None
+) -> Tensor:
+    """(1 - p)^γ · cross-entropy, p the probability of the true label; for many labels the mean over labels."""
+    weights = torch.ones_like(logits[:, 0]) if sample_weights is None else sample_weights
+    if task == "multi_label":
+        each = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none")
+        return (weights * ((1 - torch.exp(-each)).pow(_FOCAL_GAMMA) * each).mean(dim=1)).sum() / weights.sum()
+    each = F.cross_entropy(logits, labels, reduction="none")
+    if label_weights is not None:
+        weights = weights * label_weights.to(logits)[labels]
+    return (weights * (1 - torch.exp(-each)).pow(_FOCAL_GAMMA) * each).sum() / weights.sum()
+
+
+def _spread_loss(task: Task, logits: Tensor, weights: Tensor | None) -> Tensor:
+    """The loss where every label is as likely as the others."""
+    if task == "multi_label":
+        each = (F.softplus(-logits) / 2 + F.softplus(logits) / 2).mean(dim=1)
+    else:
+        each = -F.log_softmax(logits, dim=1).mean(dim=1)
+    weights = torch.ones_like(each) if weights is None else weights
+    return (weights * each).sum() / weights.sum()
 
 
 class _SpectralNormTrainer(RegularizedTrainer):
@@ -217,8 +238,12 @@ def _projector(directions: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda states: states - (states @ basis.T) @ basis
 
 
-def leace_eraser(pooled: Tensor, groups: Sequence[Any]) -> Callable[[Tensor], Tensor]:
-    """Fits LEACE to take the group out of pooled states; texts of unknown group are left out of the fit."""
+def leace_eraser(pooled: Tensor, groups: Sequence[Any], *, differences: bool = False) -> Callable[[Tensor], Tensor]:
+    """Fits LEACE to take the group out of pooled states; texts of unknown group are left out of the fit.
+
+    Where they are `differences` between the sides of pairs, the eraser is for either side: linear, without an offset,
+    which would cancel.
+    """
     from concept_erasure import LeaceFitter
 
     values = sorted({str(group): group for group in groups if group is not None}.items())
@@ -227,6 +252,9 @@ def leace_eraser(pooled: Tensor, groups: Sequence[Any]) -> Callable[[Tensor], Te
     concept = torch.tensor([[group == value for _, value in values] for group in known]).double()
     # In float64: the states' covariance spans many orders of magnitude.
     eraser = LeaceFitter.fit(pooled[rows].double(), concept).eraser
+    if differences:
+        offset = eraser(torch.zeros(1, pooled.shape[1], dtype=torch.float64))
+        return lambda states: (eraser(states.double()) - offset).to(states.dtype)
     return lambda states: eraser(states.double()).to(states.dtype)
 
 

@@ -5,8 +5,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from selfreg.activations.conversation import ReplyFrame
 from selfreg.activations.prompt import Pooling, PromptLayout, TokenRule, check_choice
 from selfreg.activations.spec import HiddenStateSpec
+from selfreg.classifier.tasks import Task
 from selfreg.sae.input_norm import InputNorm
 
 
@@ -33,6 +35,10 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
         pad_id (`int`): id that prompts are padded with.
         unintended_feature_ids (`list[int]`): the unintended features, as numbered in their SAE.
         unintended_reasons (`list[str]`): why each of them was chosen.
+        unintended_labels (`list[list[str] | None]`, *optional*): the labels that each of them is unintended for; None:
+            all.
+        task (`str`, defaults to `"single_label"`): `"single_label"`, `"multi_label"`, `"regression"` or
+            `"preference"`.
         sae_num_features (`int`, *optional*): width of that SAE.
         input_norm (`str`, defaults to `"none"`): how that SAE normalises each state by itself.
         remove_unintended (`bool`, defaults to `True`): whether they are removed from the hidden states.
@@ -57,6 +63,8 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
     pad_id: int = 0
     unintended_feature_ids: list[int] | None = None
     unintended_reasons: list[str] | None = None
+    unintended_labels: list[list[str] | None] | None = None
+    task: str = "single_label"
     sae_num_features: int | None = None
     input_norm: InputNorm = "none"
     remove_unintended: bool = True
@@ -66,6 +74,7 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         check_choice("pooling", self.pooling, Pooling)
         check_choice("token_rule", self.token_rule, TokenRule)
+        check_choice("task", self.task, Task)
 
     @property
     def num_unintended(self) -> int:
@@ -80,6 +89,7 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
             "num_trailing": 0,
             "keep_special": True,
         }
+        frame = values.get("frame")
         return PromptLayout(
             prefix=tuple(values["prefix"]),
             suffix=tuple(values["suffix"]),
@@ -87,6 +97,7 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
             num_trailing=values["num_trailing"],
             keep_special=values["keep_special"],
             max_length=self.max_length,
+            frame=ReplyFrame(**{name: tuple(ids) for name, ids in frame.items()}) if frame else None,
         )
 
     def hidden_state_spec(self) -> HiddenStateSpec:

@@ -1,12 +1,10 @@
 """RegularizedSequenceClassifier: a linear head on pooled hidden states that knows what it must not use."""
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -21,9 +19,11 @@ from selfreg.activations.backbone import hidden_states_at, load_backbone, resolv
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.prompt import wrap_batch
 from selfreg.activations.store import ActivationStore
+from selfreg.classifier.assembly import check_parts, classifier_config, label_names, unintended_mask
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.pooling import FeatureRows, pool_store, pool_texts, pool_tokens
-from selfreg.classifier.states import PooledStates, class_ids
+from selfreg.classifier.states import PooledStates
+from selfreg.classifier.tasks import Task, as_targets, num_logits, task_loss
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.hub import UPLOAD_OPTIONS, upload_folder
@@ -36,7 +36,8 @@ class RegularizedSequenceClassifier(PreTrainedModel):
     """Backbone, pooling and a linear head `score`, with the rows of the unintended features.
 
     logits = score((pool(h') - mean) / scale), h' = h - Σ_c a_c(h) · W_dec[c] where the features are removed. `mean`
-    and the one scalar `scale` are set from the training set. It needs no SAE to run.
+    and the one scalar `scale` are set from the training set (for `regression` those of the target too). It needs no
+    SAE to run. Of pairs (`preference`) it scores each side by itself.
 
     Args:
         config (`RegularizedSequenceClassifierConfig`): the configuration.
@@ -53,6 +54,8 @@ class RegularizedSequenceClassifier(PreTrainedModel):
     decoder_directions: Tensor
     pooled_mean: Tensor
     pooled_scale: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
 
     def __init__(
         self,
@@ -62,12 +65,17 @@ class RegularizedSequenceClassifier(PreTrainedModel):
     ) -> None:
         super().__init__(config)
         shape = (config.num_unintended, config.hidden_size)
-        self.score = nn.Linear(config.hidden_size, len(config.id2label or {}))
+        self.task: Task = config.task  # type: ignore[assignment]
+        self.score = nn.Linear(config.hidden_size, num_logits(self.task, len(config.id2label or {})))
         self.register_buffer("encoder_directions", torch.zeros(shape))
         self.register_buffer("encoder_bias", torch.zeros(config.num_unintended))
         self.register_buffer("decoder_directions", torch.zeros(shape))
         self.register_buffer("pooled_mean", torch.zeros(config.hidden_size))
         self.register_buffer("pooled_scale", torch.ones(()))
+        if self.task == "regression":
+            # Of the target, so that the weights of the terms mean the same whatever its unit.
+            self.register_buffer("target_mean", torch.zeros(()))
+            self.register_buffer("target_scale", torch.ones(()))
         self.backbone: PreTrainedModel | None = None
         self.tokenizer = tokenizer
         self.post_init()
@@ -85,6 +93,9 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             for buffer in (self.encoder_directions, self.encoder_bias, self.decoder_directions, self.pooled_mean):
                 init.zeros_(buffer)
             init.ones_(self.pooled_scale)
+            if self.task == "regression":
+                init.zeros_(self.target_mean)
+                init.ones_(self.target_scale)
 
     @classmethod
     def from_backbone(
@@ -95,6 +106,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         *,
         num_labels: int | None = None,
         id2label: dict[int, str] | None = None,
+        task: Task = "single_label",
         remove_unintended: bool = True,
     ) -> "RegularizedSequenceClassifier":
         """A classifier with an untrained head. The backbone is frozen: it is named when the classifier is saved, so
@@ -104,69 +116,22 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             extractor: backbone, layer, pooling, template and token rule.
             sae: the SAE that the features are of, to check that all three belong together; may be None.
             unintended: what the classifier must not use; None or empty gives the plain classifier.
-            num_labels, id2label: the labels; one of the two.
-            remove_unintended: take the features out of the hidden states.
+            num_labels, id2label: the labels; one of the two. `regression` and `preference` have none.
+            task: `"single_label"`, `"multi_label"`, `"regression"` or `"preference"` (a score that is higher for the
+                better of two texts).
+            remove_unintended: take the features out of the hidden states; those that are unintended for some labels
+                only stay in, and are left to the two terms.
 
         Raises:
-            ValueError: the SAE or the features are of another width, layer or model.
+            ValueError: the SAE or the features are of another width, layer or model, or the labels don't fit the task.
         """
-        spec = extractor.spec
-        if sae is not None:
-            sae_spec = sae.config.hidden_state_spec()
-            if sae.config.hidden_size != spec.hidden_size:
-                raise ValueError(
-                    f"the SAE takes states of width {sae.config.hidden_size}, the extractor gives {spec.hidden_size}"
-                )
-            if sae_spec is not None:
-                sae_spec.check_features_fit(spec, "the SAE", "the extractor")
-        if unintended is not None:
-            if unintended.hidden_size != spec.hidden_size:
-                raise ValueError(
-                    f"the unintended features have width {unintended.hidden_size}, the extractor gives "
-                    f"{spec.hidden_size}"
-                )
-            if unintended.spec is not None:
-                unintended.spec.check_features_fit(spec, "the unintended features", "the extractor")
-            if sae is not None and unintended.num_features != sae.config.num_features:
-                raise ValueError(
-                    f"the unintended features are of an SAE with {unintended.num_features} features, this one has "
-                    f"{sae.config.num_features}"
-                )
-        if id2label is None:
-            if num_labels is None:
-                raise ValueError("give num_labels or id2label")
-            id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
-        elif not isinstance(id2label, dict):
-            raise ValueError(f"id2label must map class ids to names, such as {{0: 'no', 1: 'yes'}}; got {id2label!r}")
-        elif num_labels is not None and num_labels != len(id2label):
-            raise ValueError(f"num_labels={num_labels}, but id2label names {len(id2label)} labels")
-        from selfreg import __version__
-
-        layout = asdict(extractor.layout)
-        layout.pop("max_length")
-        config = RegularizedSequenceClassifierConfig(
-            hidden_size=spec.hidden_size,
-            base_model_name_or_path=spec.model,
-            base_model_revision=spec.revision,
-            base_model_gguf_file=spec.gguf_file,
-            backbone_dtype=str(extractor.backbone.dtype).removeprefix("torch."),
-            layer=spec.layer,
-            pooling=extractor.pooling,
-            token_rule=spec.token_rule,
-            reference_norm=extractor.reference_norm,
-            template=spec.template,
-            max_length=spec.max_length,
-            prompt_layout={k: list(v) if isinstance(v, tuple) else v for k, v in layout.items()},
-            pad_id=extractor.pad_id,
-            unintended_feature_ids=list(unintended.feature_ids) if unintended else [],
-            unintended_reasons=list(unintended.reasons) if unintended else [],
-            sae_num_features=unintended.num_features if unintended else None,
-            input_norm=unintended.input_norm if unintended else "none",
+        check_parts(extractor, sae, unintended)
+        config = classifier_config(
+            extractor,
+            unintended,
+            task=task,
+            id2label=label_names(task, num_labels, id2label),
             remove_unintended=remove_unintended,
-            id2label=id2label,
-            label2id={label: i for i, label in id2label.items()},
-            problem_type="single_label_classification",
-            selfreg_version=__version__,
         )
         extractor.backbone.requires_grad_(False)
         model = cls(config, backbone=extractor.backbone, tokenizer=extractor.tokenizer)
@@ -199,7 +164,13 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             num_features=self.config.sae_num_features or 0,
             spec=spec if spec.model else None,
             input_norm=self.config.input_norm,
+            labels=self.config.unintended_labels,
         )
+
+    @property
+    def unintended_mask(self) -> Tensor | None:
+        """For which labels each feature is unintended, `[L, U]` bool; None: each for all."""
+        return unintended_mask(self.config)
 
     def train(self, mode: bool = True) -> "RegularizedSequenceClassifier":
         super().train(mode)
@@ -239,32 +210,51 @@ class RegularizedSequenceClassifier(PreTrainedModel):
                 attention_mask = torch.ones_like(input_ids)
             pooled, _ = self.pool(input_ids, attention_mask)
         assert pooled is not None
-        logits = self.score(self.standardize(pooled))
+        logits = self.logits(pooled)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits, labels)
+            loss = task_loss(self.task, logits, labels, target_scale=self.loss_scale)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Raw pooled states `[N, D]` (pairs `[N, 2, D]`) -> logits `[N, L]` (pairs `[N, 2]`)."""
+        scores: Tensor = self.score(self.standardize(pooled))
+        if self.task == "regression":
+            return scores * self.target_scale + self.target_mean
+        return scores.squeeze(-1) if pooled.ndim == 3 else scores
+
+    @property
+    def loss_scale(self) -> Tensor | float:
+        """What a squared error of the target is measured in."""
+        return self.target_scale if self.task == "regression" else 1.0
 
     def standardize(self, pooled: Tensor) -> Tensor:
         """Raw pooled states -> what the head sees."""
         return (pooled.to(self.score.weight.dtype) - self.pooled_mean) / self.pooled_scale
 
     @torch.no_grad()
-    def set_standardization(self, pooled: Tensor) -> None:
-        """Sets `pooled_mean` and `pooled_scale` from the raw pooled states `[N, hidden_size]` of the training set.
+    def set_standardization(self, pooled: Tensor, labels: Tensor | None = None) -> None:
+        """Sets `pooled_mean` and `pooled_scale` from the raw pooled states `[N, hidden_size]` (pairs: `[N, 2,
+        hidden_size]`) of the training set; for `regression` mean and scale of the target too, from `labels` `[N]`.
 
         Raises:
-            ValueError: all states are the same, or one is not finite.
+            ValueError: all states (or targets) are the same, or one is not finite.
         """
-        states = pooled.double()
+        states = pooled.double().flatten(0, -2)
         mean = states.mean(dim=0)
         scale = (states - mean).pow(2).mean().sqrt()
         if not (torch.isfinite(scale) and scale > 0):
             raise ValueError(f"the pooled states have a spread of {float(scale)}: they are all alike, or not finite")
         self.pooled_mean.copy_(mean)
         self.pooled_scale.copy_(scale)
+        if self.task == "regression" and labels is not None:
+            spread = labels.double().std(correction=0)
+            if not (torch.isfinite(spread) and spread > 0):
+                raise ValueError(f"the targets have a spread of {float(spread)}: they are all alike, or not finite")
+            self.target_mean.copy_(labels.double().mean())
+            self.target_scale.copy_(spread)
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Texts as the tokenizer gives them -> raw pooled states `[batch, hidden_size]`, after removal where it is on,
@@ -284,19 +274,27 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         return pool_tokens(config, hidden, batch, self._rows())
 
     def pooled_states(
-        self, texts: Any, labels: Any, *, activations_of: UnintendedFeatures | None = None
+        self,
+        texts: Any,
+        labels: Any,
+        *,
+        activations_of: UnintendedFeatures | None = None,
+        weights: Any = None,
+        margins: Any = None,
     ) -> PooledStates:
         """Runs the backbone over texts once.
 
         Args:
-            texts: strings, or an `ActivationStore` of the same backbone, layer and settings.
-            labels (`[N]`): class ids.
+            texts: strings, or an `ActivationStore` of the same backbone, layer and settings. For `preference` the two
+                sides of each pair one after the other, the chosen one first: 2N texts; see `render_pairs`.
+            labels: class ids `[N]`; `[N, L]` of 0 and 1 (`multi_label`); numbers `[N]` (`regression`); None for pairs.
             activations_of: features whose activations to note; the classifier's own if None.
+            weights (`[N]`, *optional*): weight of each text (or pair) in the loss.
+            margins (`[N]`, *optional*): of pairs: by how much the chosen side should win at least.
 
         Raises:
             ValueError: an empty text, a label that is no class id, or a store of other states.
         """
-        labels = torch.tensor(class_ids(labels, self.score.out_features, "labels"), dtype=torch.long)
         rows = self._rows()
         if activations_of is not None:
             rows = rows._replace(
@@ -310,10 +308,30 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             else:
                 pooled, activations = pool_texts(self.config, self.extractor(), list(texts), rows)
         # Copies: tensors of inference mode could not be trained on.
-        return PooledStates(pooled.clone(), activations.clone(), labels, removed=self.config.remove_unintended)
+        pooled, activations = pooled.clone(), activations.clone()
+        if self.task == "preference":
+            if len(pooled) % 2:
+                raise ValueError(
+                    f"{len(pooled)} texts can't be pairs: give the chosen and the rejected one of each pair"
+                )
+            pooled, activations = pooled.unflatten(0, (-1, 2)), activations.unflatten(0, (-1, 2))
+            labels = [0] * len(pooled)
+        return PooledStates(
+            pooled,
+            activations,
+            as_targets(self.task, labels, self.score.out_features, "labels"),
+            removed=self.config.remove_unintended,
+            weights=_column(weights),
+            margins=_column(margins),
+        )
 
     def _rows(self) -> FeatureRows:
-        return FeatureRows(self.encoder_directions, self.encoder_bias, self.decoder_directions, self.config.input_norm)
+        mask = self.unintended_mask
+        decoder = self.decoder_directions
+        if mask is not None:
+            # What is unintended for some labels only can't be taken out of the one state that all labels read.
+            decoder = decoder * mask.all(dim=0).unsqueeze(1).to(decoder)
+        return FeatureRows(self.encoder_directions, self.encoder_bias, decoder, self.config.input_norm)
 
     def extractor(self) -> HiddenStateExtractor:
         """The extractor that gives the states this classifier reads."""
@@ -439,6 +457,10 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             gguf_file=config.base_model_gguf_file,
         )
         return load_backbone(source, layer=config.layer, dtype=dtype, **options)  # type: ignore[arg-type]
+
+
+def _column(values: Any) -> Tensor | None:
+    return None if values is None else torch.as_tensor(values, dtype=torch.float32)
 
 
 def _move_head(model: RegularizedSequenceClassifier, device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfreg.activations.prompt import check_choice
+from selfreg.classifier.tasks import residuals
 from selfreg.sae.input_norm import InputNorm, length_factor
 
 Similarity = Literal["encoder", "dot", "cosine", "subspace"]
@@ -17,7 +18,9 @@ Similarity = Literal["encoder", "dot", "cosine", "subspace"]
 _RANK_TOLERANCE = 1e-6
 
 
-def similarity_penalty(weight: Tensor, directions: Tensor, similarity: Similarity = "encoder") -> Tensor:
+def similarity_penalty(
+    weight: Tensor, directions: Tensor, similarity: Similarity = "encoder", mask: Tensor | None = None
+) -> Tensor:
     """How much the weights of a linear head point along unintended features.
 
     With rows of `directions` at unit length, û_c:
@@ -32,23 +35,39 @@ def similarity_penalty(weight: Tensor, directions: Tensor, similarity: Similarit
         weight (`[L, D]`): weights of the head.
         directions (`[U, D]`): directions of the unintended features, of the kind that the similarity asks for.
         similarity: which one.
+        mask (`[L, U]`, bool, *optional*): for which labels each feature is unintended; the means are over those
+            pairs. None: all.
 
     Returns:
         `[]`; 0 where there are no features.
 
     Raises:
-        ValueError: an unknown similarity, or another width.
+        ValueError: an unknown similarity, another width, or a mask of another shape.
     """
     check_choice("similarity", similarity, Similarity)
     if weight.shape[-1] != directions.shape[-1]:
         raise ValueError(f"the weights have width {weight.shape[-1]}, the features {directions.shape[-1]}")
+    if mask is not None and mask.shape != (len(weight), len(directions)):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, must be {(len(weight), len(directions))}: labels, features"
+        )
     if len(directions) == 0:
         return weight.new_zeros(())
     if similarity == "subspace":
-        return subspace_share(weight, orthonormal_basis(directions))
+        if mask is None:
+            return subspace_share(weight, orthonormal_basis(directions))
+        shares = [
+            subspace_share(row, orthonormal_basis(directions[of_label]))
+            for row, of_label in zip(weight.split(1), mask, strict=True)
+        ]
+        return torch.stack(shares).mean()
     if similarity == "cosine":
         weight = F.normalize(weight, dim=1)
-    return (weight @ F.normalize(directions, dim=1).T).abs().mean()
+    return _masked_mean((weight @ F.normalize(directions, dim=1).T).abs(), mask)
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values.mean() if mask is None else (values * mask).sum() / mask.sum().clamp_min(1)
 
 
 def subspace_share(weight: Tensor, basis: Tensor) -> Tensor:
@@ -96,44 +115,37 @@ def remove_features(
     return hidden_states - activations @ decoder_directions
 
 
-def dependence_directions(states: Tensor, activations: Tensor, groups: Tensor) -> Tensor:
-    """C_c = Cov(h, z_c | label) / sd(z_c | label), centred within each label.
+def dependence_directions(states: Tensor, activations: Tensor, constant: Tensor) -> Tensor:
+    """C_c = Cov(h, z_c | label) / sd(z_c | label), of the residuals after `constant`.
 
     Args:
-        states (`[N, D]`): pooled states, standardised, as the head sees them.
-        activations (`[N, U]`): largest activation of each unintended feature in each text.
-        groups (`[N]`, int): the label of each text, within which both are centred; all alike for none.
+        states (`[N, D]`): pooled states, standardised, as the head sees them; for pairs, chosen less rejected.
+        activations (`[N, U]`): largest activation of each unintended feature in each text; for pairs likewise.
+        constant (`[N, P]`): what of the label is held constant; see `tasks.held_constant`. For a single label this
+            centres both within each label.
 
     Returns:
         `[U, D]`; a row of zeros for a feature that does not vary within any label.
     """
-    states, activations = states.double(), activations.double()
-    centred_h, centred_z = center_within(states, groups), center_within(activations, groups)
+    centred_h, centred_z = residuals(states, constant), residuals(activations, constant)
     spread = centred_z.pow(2).mean(dim=0).sqrt()
     covariance = centred_z.T @ centred_h / len(states)
     # Rounding leaves a constant column a spread of about 1e-16 times its size, not zero.
-    alive = spread > 1e-9 * activations.abs().amax(dim=0).clamp_min(1e-30)
+    alive = spread > 1e-9 * activations.double().abs().amax(dim=0).clamp_min(1e-30)
     return torch.where(alive.unsqueeze(1), covariance / spread.clamp_min(1e-30).unsqueeze(1), 0.0).float()
 
 
-def dependence_term(weight: Tensor, directions: Tensor) -> Tensor:
+def dependence_term(weight: Tensor, directions: Tensor, mask: Tensor | None = None) -> Tensor:
     """D = mean over c, y of (w_y · C_c)²: how much the logits move with the unintended features, within a label.
 
     Args:
         weight (`[L, D]`): weights of the head, over standardised states.
         directions (`[U, D]`): from `dependence_directions`.
+        mask (`[L, U]`, bool, *optional*): for which labels each feature is unintended; None: all.
 
     Returns:
         `[]`; 0 where there are no features.
     """
     if len(directions) == 0:
         return weight.new_zeros(())
-    return (weight @ directions.T).pow(2).mean()
-
-
-def center_within(values: Tensor, groups: Tensor) -> Tensor:
-    """Subtracts from each row `[N, ...]` the mean of the rows of its group."""
-    _, index = groups.unique(return_inverse=True)
-    counts = torch.bincount(index).unsqueeze(1)
-    sums = values.new_zeros(len(counts), values.shape[1]).index_add_(0, index, values)
-    return values - (sums / counts)[index]
+    return _masked_mean((weight @ directions.T).pow(2), mask)

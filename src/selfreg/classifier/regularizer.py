@@ -1,51 +1,15 @@
-"""The two extra terms of the loss, with what they need worked out once."""
+"""RegularizationMixin: the two extra terms of the loss in anybody's Trainer."""
 
-import logging
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
-from selfreg.classifier.penalty import dependence_term, orthonormal_basis, similarity_penalty, subspace_share
+from selfreg.classifier.terms import Regularizer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
-from selfreg.features.selection import UnintendedFeatures
 from selfreg.utils.trainer import PartsTrainer
 
-logger = logging.getLogger(__name__)
-
 _HEADS = ("score", "classifier.out_proj", "classifier")
-
-
-class Regularizer:
-    """similarity and dependence of a head's weights, for one set of unintended features.
-
-    Args:
-        unintended: the features.
-        args: weights and similarity.
-    """
-
-    def __init__(self, unintended: UnintendedFeatures, args: RegularizedTrainingArguments) -> None:
-        self.similarity: Any = args.similarity
-        self.penalty_weight, self.dependence_weight = args.penalty_weight, args.dependence_weight
-        rows = unintended.encoder_directions if args.similarity == "encoder" else unintended.decoder_directions
-        # Worked out once: a decomposition at every step would cost more than the step.
-        self.directions = orthonormal_basis(rows) if args.similarity == "subspace" else F.normalize(rows, dim=1)
-        self.dependence_directions = rows[:0]
-        self.empty = len(unintended) == 0
-        if self.empty and (self.penalty_weight or self.dependence_weight):
-            logger.warning("the set of unintended features is empty: this trains the plain classifier")
-
-    def __call__(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The two terms of the head's weights `[L, D]`, before their coefficients."""
-        directions = self.directions.to(weight)
-        if self.empty:
-            similarity = weight.new_zeros(())
-        elif self.similarity == "subspace":
-            similarity = subspace_share(weight, directions)
-        else:
-            similarity = similarity_penalty(weight, directions, self.similarity)
-        return similarity, dependence_term(weight, self.dependence_directions.to(weight))
 
 
 def find_head(model: nn.Module) -> nn.Linear:
@@ -100,7 +64,7 @@ class RegularizationMixin(PartsTrainer):
         width = find_head(model).in_features
         if unintended.hidden_size != width:
             raise ValueError(f"the unintended features have width {unintended.hidden_size}, the head reads {width}")
-        self.regularizer = Regularizer(unintended, args)
+        self.regularizer = Regularizer(unintended, args, model.unintended_mask if own else None)
 
     def compute_loss(
         self,

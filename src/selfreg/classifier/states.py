@@ -1,29 +1,37 @@
 """PooledStates: all that a frozen backbone has to say about a set of texts, computed once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class PooledStates:
-    """A dataset for `RegularizedTrainer`. Shapes: N texts, D hidden size, U unintended features.
+    """A dataset for `RegularizedTrainer`. Shapes: N texts, D hidden size, U unintended features, L labels.
+
+    For pairs (`preference`) each of the N rows has two sides, the chosen one first.
 
     Attributes:
-        pooled (`[N, D]`): one raw state a text, as the head would get it (after removal, if the model removes).
-        activations (`[N, U]`): largest activation of each unintended feature over the tokens of each text.
-        labels (`[N]`, int64).
+        pooled (`[N, D]`, pairs `[N, 2, D]`): one raw state a text, as the head would get it (after removal, if the
+            model removes).
+        activations (`[N, U]`, pairs `[N, 2, U]`): largest activation of each unintended feature over the tokens of
+            each text.
+        labels: `[N]`, int64 (single label); `[N, L]` of 0 and 1 (many labels); `[N]` (regression); `[N]` zeros
+            (pairs).
         removed (`bool`, *optional*): whether the unintended features were removed; None where it is not known.
+        weights (`[N]`, *optional*): weight of each text in the loss.
+        margins (`[N]`, *optional*): of pairs: by how much the chosen side should win at least.
     """
 
     pooled: Tensor
     activations: Tensor
     labels: Tensor
     removed: bool | None = None
+    weights: Tensor | None = None
+    margins: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.pooled) == len(self.activations) == len(self.labels):
@@ -31,34 +39,41 @@ class PooledStates:
                 f"{len(self.pooled)} pooled states, {len(self.activations)} rows of activations and "
                 f"{len(self.labels)} labels: they must be as many"
             )
+        for name in ("weights", "margins"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.pooled):
+                raise ValueError(f"{len(values)} {name} for {len(self.pooled)} texts: they must be as many")
 
     def __len__(self) -> int:
         return len(self.pooled)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"pooled": self.pooled[index], "labels": self.labels[index]}
+        return {name: rows[index] for name, rows in self._columns().items()}
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         return [self[index] for index in indices]
 
+    def _columns(self) -> dict[str, Tensor]:
+        columns = {"pooled": self.pooled, "labels": self.labels, "weight": self.weights, "margin": self.margins}
+        return {name: rows for name, rows in columns.items() if rows is not None}
+
+    @property
+    def are_pairs(self) -> bool:
+        return self.pooled.ndim == 3
+
+    @property
+    def compared(self) -> tuple[Tensor, Tensor]:
+        """States `[N, D]` and activations `[N, U]` that the decision is about: of pairs, chosen less rejected."""
+        if not self.are_pairs:
+            return self.pooled, self.activations
+        return self.pooled[:, 0] - self.pooled[:, 1], self.activations[:, 0] - self.activations[:, 1]
+
     def select(self, indices: Any) -> "PooledStates":
         """The rows `indices`."""
         rows = torch.as_tensor(indices)
-        return replace(self, pooled=self.pooled[rows], activations=self.activations[rows], labels=self.labels[rows])
-
-
-def class_ids(labels: Iterable[Any], num_labels: int, name: str) -> list[int]:
-    """Labels as class ids; `name` is what the error calls them.
-
-    Raises:
-        ValueError: one is no whole number, or the model has no such label.
-    """
-    ids = []
-    for row, label in enumerate(labels):
-        is_id = isinstance(label, int | float | Tensor | np.generic) and float(label).is_integer()
-        if not is_id or not 0 <= int(label) < num_labels:
-            raise ValueError(
-                f"{name}: label {label!r} in row {row} is no class id; the model has labels 0 to {num_labels - 1}"
-            )
-        ids.append(int(label))
-    return ids
+        changed: dict[str, Any] = {
+            name: values[rows]
+            for name in ("pooled", "activations", "labels", "weights", "margins")
+            if (values := getattr(self, name)) is not None
+        }
+        return replace(self, **changed)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from selfreg.activations.prompt import check_choice
 from selfreg.classifier.penalty import Similarity
+from selfreg.classifier.tasks import PreferenceLoss
 
 
 @dataclass
@@ -34,6 +35,8 @@ class RegularizedTrainingArguments(TrainingArguments):
             once an epoch.
         class_weights (`str` or `list[float]`, *optional*): weight of each label in the task loss: `"balanced"`, or a
             weight a label (on a command line `1.0,2.5`).
+        preference_loss (`str`, defaults to `"bradley_terry"`): of pairs: `"bradley_terry"`, which compares the two
+            sides, or `"pointwise"`, which judges each by itself; see [`task_loss`].
     """
 
     penalty_weight: float = field(default=1.0, metadata={"help": "Weight of the similarity penalty; 0: off."})
@@ -47,6 +50,7 @@ class RegularizedTrainingArguments(TrainingArguments):
     class_weights: str | None = field(
         default=None, metadata={"help": "Weight of each label in the task loss: balanced, or 1.0,2.5,..."}
     )
+    preference_loss: str = field(default="bradley_terry", metadata={"help": "bradley_terry or pointwise."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Initial learning rate."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts of a batch."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts of a batch."})
@@ -59,6 +63,7 @@ class RegularizedTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choice("similarity", self.similarity, Similarity)
+        check_choice("preference_loss", self.preference_loss, PreferenceLoss)
         for name in ("penalty_weight", "dependence_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

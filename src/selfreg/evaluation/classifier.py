@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
+from selfreg.activations.conversation import render_pair
+from selfreg.classifier.assembly import label_mask
 from selfreg.classifier.baselines import FittedHead
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.states import PooledStates
+from selfreg.classifier.tasks import indicator
+from selfreg.evaluation.arrays import IntArray
 from selfreg.evaluation.metrics import evaluate_predictions, group_cells
+from selfreg.evaluation.tasks import evaluate_multi_label, evaluate_pairs, evaluate_regression, regression_cells
 from selfreg.features.selection import UnintendedFeatures
 
 FIGURES = (
@@ -37,7 +40,8 @@ def evaluate_classifier(
 
     Args:
         model: the classifier.
-        dataset: rows with the texts, the labels (class ids, or names in `model.config.label2id`) and the groups.
+        dataset: rows with the texts, the labels (class ids, or names in `model.config.label2id`; for `multi_label` a
+            list of names, or of 0 and 1) and the groups; for `preference` rows with `chosen`, `rejected` and `prompt`.
         text, label: names of the columns.
         group: name of the column of groups; None leaves the group figures out.
         unintended: what use and dependence are measured against; the classifier's own features if None. Classifiers
@@ -45,30 +49,45 @@ def evaluate_classifier(
 
     Returns:
         `accuracy`, `f1`, `auc`, `worst_group_accuracy`, `group_gap`, `leakage`, `unintended_use`,
-        `unintended_dependence`; None where a figure does not apply.
+        `unintended_dependence`; None where a figure does not apply. For `regression` also `r2` and `mae`.
 
     Raises:
         ValueError: a column is missing, or a label is not one of the classifier's.
     """
-    for column in (text, label, *([group] if group else [])):
+    pairs = model.task == "preference"
+    for column in (*(("chosen", "rejected") if pairs else (text, label)), *([group] if group else [])):
         if column not in dataset[0]:
             raise ValueError(f"there is no column {column!r}; the rows have {', '.join(dataset[0])}")
-    label2id = model.config.label2id or {}
-    labels = []
-    for row in dataset:
-        value = row[label]
-        if isinstance(value, str) and value not in label2id:
-            raise ValueError(f"label {value!r} is none of the classifier's: {', '.join(label2id)}")
-        if not isinstance(value, str) and label2id.get(str(value), value) != value:
-            raise ValueError(
-                f"label {value!r} may be the class id {value} or the label named {str(value)!r} (class id "
-                f"{label2id[str(value)]}): give the labels as strings, or the class ids of labels that aren't numbers"
-            )
-        labels.append(label2id[value] if isinstance(value, str) else int(value))
     features = model.unintended if unintended is None else unintended
-    states = model.pooled_states([row[text] for row in dataset], labels, activations_of=features)
+    if pairs:
+        if model.tokenizer is None:
+            raise ValueError("the classifier has no tokenizer: load it with from_pretrained, or set model.tokenizer")
+        sides = [render_pair(model.tokenizer, row, model.config.template) for row in dataset]
+        states = model.pooled_states([side for pair in sides for side in pair], None, activations_of=features)
+    else:
+        labels = [_label(row[label], model) for row in dataset]
+        states = model.pooled_states([row[text] for row in dataset], labels, activations_of=features)
     head = FittedHead("classifier", model, lambda pooled: pooled, [])
     return evaluate_head(head, states, features, [row[group] for row in dataset] if group else None)[0]
+
+
+def _label(value: Any, model: RegularizedSequenceClassifier) -> Any:
+    """A label of the data as `pooled_states` takes it."""
+    label2id: Any = model.config.label2id or {}
+    if model.task == "regression":
+        return value
+    if model.task == "multi_label":
+        if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(own, str) for own in value):
+            return indicator(value, list(label2id), "the classifier's labels")
+        return value
+    if isinstance(value, str) and value not in label2id:
+        raise ValueError(f"label {value!r} is none of the classifier's: {', '.join(label2id)}")
+    if not isinstance(value, str) and label2id.get(str(value), value) != value:
+        raise ValueError(
+            f"label {value!r} may be the class id {value} or the label named {str(value)!r} (class id "
+            f"{label2id[str(value)]}): give the labels as strings, or the class ids of labels that aren't numbers"
+        )
+    return label2id[value] if isinstance(value, str) else int(value)
 
 
 def evaluate_head(
@@ -85,23 +104,44 @@ def evaluate_head(
     Returns:
         the figures, and a row a (label, group) cell with its size, accuracy and interval.
     """
-    logits = head.logits(states)
-    chosen = len(unintended) > 0
-    figures = evaluate_predictions(
-        logits=logits.double().numpy(),
-        labels=states.labels.numpy(),
-        groups=list(groups) if groups is not None else None,
-        pooled=head.states(states).double().numpy() if chosen else None,
-        weight=head.weight.double().numpy() if chosen else None,
-        directions=unintended.decoder_directions.double().numpy() if chosen else None,
-        activations=states.activations.double().numpy() if chosen else None,
-    )
-    if groups is None:
-        return figures, []
-    names: dict[Any, str] = head.model.config.id2label or {}
-    predictions = torch.argmax(logits, dim=1).numpy()
-    cells = [
-        {**cell, "label": names.get(cell["label"], str(cell["label"]))}
-        for cell in group_cells(predictions, states.labels.numpy(), list(groups))
-    ]
+    logits = head.logits(states).double().numpy()
+    task, labels = head.model.task, states.labels.numpy()
+    of_text = list(groups) if groups is not None else None
+    reliance: dict[str, Any] = {}
+    if len(unintended) > 0:
+        reliance = {
+            "pooled": head.states(states).double().numpy(),
+            "weight": head.weight.double().numpy(),
+            "directions": unintended.decoder_directions.double().numpy(),
+            "activations": states.compared[1].double().numpy(),
+        }
+    names: dict[int, str] = {int(i): str(name) for i, name in (head.model.config.id2label or {}).items()}
+    mask = label_mask(unintended.labels, [names[i] for i in sorted(names)])
+    if task == "preference":
+        figures = evaluate_pairs(logits, of_text, **reliance)
+        right = (logits[:, 0] > logits[:, 1]).astype(int)
+        cells = _cells(right, labels + 1, of_text, {1: "chosen"})
+    elif task == "regression":
+        figures = evaluate_regression(logits[:, 0], labels, of_text, **reliance)
+        cells = [] if of_text is None else list[dict[str, Any]](regression_cells(logits[:, 0], labels, of_text))
+    elif task == "multi_label":
+        figures = evaluate_multi_label(logits, labels, of_text, mask=mask, **reliance)
+        cells = []
+        for y, name in names.items():
+            own = labels[:, y].astype(int)
+            cells += _cells((logits[:, y] > 0).astype(int), own, of_text, {0: f"not {name}", 1: name})
+    else:
+        figures = evaluate_predictions(logits=logits, labels=labels, groups=of_text, mask=mask, **reliance)
+        cells = _cells(logits.argmax(axis=1), labels, of_text, names)
     return figures, cells
+
+
+def _cells(
+    predictions: IntArray, labels: IntArray, groups: list[Any] | None, names: Mapping[int, str]
+) -> list[dict[str, Any]]:
+    if groups is None:
+        return []
+    return [
+        {**cell, "label": names.get(cell["label"], str(cell["label"]))}
+        for cell in group_cells(predictions, labels, groups)
+    ]

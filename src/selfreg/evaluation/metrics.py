@@ -50,6 +50,7 @@ def evaluate_predictions(
     weight: npt.ArrayLike | None = None,
     directions: npt.ArrayLike | None = None,
     activations: npt.ArrayLike | None = None,
+    mask: npt.ArrayLike | None = None,
 ) -> dict[str, float | None]:
     """Every figure of one classifier on one set of texts, under the keys (and in the order) of `metrics.json`.
 
@@ -62,6 +63,7 @@ def evaluate_predictions(
         weight: `[L, d]` weights of the head, in the space of `pooled`.
         directions: `[U, d]` decoder directions of the unintended features.
         activations: `[N, U]` largest activation of each unintended feature in each text.
+        mask: `[L, U]`, for which labels each feature is unintended; None: each for all.
 
     Returns:
         accuracy, f1, auc, worst_group_accuracy, group_gap, leakage, unintended_use, unintended_dependence. None where
@@ -85,12 +87,15 @@ def evaluate_predictions(
         figures["leakage"] = leakage(logits_NL, labels_N, groups)
     if pooled is not None and weight is not None and directions is not None:
         figures["unintended_use"] = unintended_use(
-            as_matrix("pooled", pooled, rows=num_texts), as_matrix("weight", weight, rows=num_labels), directions
+            as_matrix("pooled", pooled, rows=num_texts),
+            as_matrix("weight", weight, rows=num_labels),
+            directions,
+            mask=mask,
         )
     if activations is not None:
         activations_NU = as_matrix("activations", activations, rows=num_texts, may_be_empty=True)
         if num_texts >= FOLDS:
-            figures["unintended_dependence"] = unintended_dependence(logits_NL, labels_N, activations_NU)
+            figures["unintended_dependence"] = unintended_dependence(logits_NL, labels_N, activations_NU, mask=mask)
     return figures
 
 

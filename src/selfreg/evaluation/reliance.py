@@ -6,6 +6,9 @@ The free constant of a softmax: adding the same number to all logits of a text c
 both functions first take that constant out, by centring over labels.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -23,7 +26,9 @@ FOLDS = 5
 """Parts that the texts are dealt into, and so the fewest texts, unless `unintended_dependence` is told otherwise."""
 
 
-def unintended_use(pooled: npt.ArrayLike, weight: npt.ArrayLike, directions: npt.ArrayLike) -> float:
+def unintended_use(
+    pooled: npt.ArrayLike, weight: npt.ArrayLike, directions: npt.ArrayLike, *, mask: npt.ArrayLike | None = None
+) -> float:
     """The share of the variance of the logit margin that comes through the span of the unintended features.
 
         mean over logits of  Var(w · P_U h') / Var(w · h')
@@ -41,22 +46,33 @@ def unintended_use(pooled: npt.ArrayLike, weight: npt.ArrayLike, directions: npt
         pooled: `[N, d]`.
         weight: `[L, d]`.
         directions: `[U, d]`; U = 0 gives 0.0.
+        mask: `[L, U]`, for which logits each feature is unintended; each logit is then measured against its own. None:
+            each for all.
 
     Raises:
         ValueError: shapes that do not fit, or NaN.
     """
     pooled_Nd = as_matrix("pooled", pooled)
     weight_Ld = _centred_over_labels(as_matrix("weight", weight, columns=pooled_Nd.shape[1]), axis=0)
-    basis_Rd = _orthonormal_rows(as_matrix("directions", directions, columns=pooled_Nd.shape[1], may_be_empty=True))
+    directions_Ud = as_matrix("directions", directions, columns=pooled_Nd.shape[1], may_be_empty=True)
     centred_Nd = pooled_Nd - pooled_Nd.mean(axis=0)
     total_L = (centred_Nd @ weight_Ld.T).var(axis=0)
-    through_L = (centred_Nd @ basis_Rd.T @ (basis_Rd @ weight_Ld.T)).var(axis=0)
+    through_L = np.zeros(len(weight_Ld))
+    for own_U, logits in _by_features(mask, len(weight_Ld), len(directions_Ud)):
+        basis_Rd = _orthonormal_rows(directions_Ud[own_U])
+        through_L[logits] = (centred_Nd @ basis_Rd.T @ (basis_Rd @ weight_Ld[logits].T)).var(axis=0)
     size_L = np.linalg.norm(weight_Ld, axis=1) * np.sqrt((pooled_Nd**2).sum(axis=1).mean())
     return float(np.mean(_ratio(through_L, total_L, floor=(_CONSTANT_TOLERANCE * size_L) ** 2)))
 
 
 def unintended_dependence(
-    logits: npt.ArrayLike, labels: npt.ArrayLike, activations: npt.ArrayLike, *, folds: int = FOLDS, seed: int = 0
+    logits: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    activations: npt.ArrayLike,
+    *,
+    mask: npt.ArrayLike | None = None,
+    folds: int = FOLDS,
+    seed: int = 0,
 ) -> float:
     """How much of what varies in the logits among texts of the same true label the unintended features predict.
 
@@ -78,8 +94,11 @@ def unintended_dependence(
 
     Args:
         logits: `[N, L]`.
-        labels: `[N]` integers in 0..L-1 (any integers for L = 1).
+        labels: `[N]` integers in 0..L-1 (any integers for L = 1). With L = 1 also `[N]` floats, a target on a scale:
+            then what a straight line in the target predicts is taken off, instead of the mean within each label.
         activations: `[N, U]`; U = 0 gives 0.0.
+        mask: `[L, U]`, for which logits each feature is unintended; each logit is then measured against its own. None:
+            each for all.
         folds: parts that the texts are dealt into, 2 to N.
         seed: of the deal; the same seed gives the same value.
 
@@ -87,23 +106,53 @@ def unintended_dependence(
         ValueError: shapes that do not fit, NaN, labels out of range, or folds that are not 2 to N.
     """
     logits_NL = as_matrix("logits", logits)
-    labels_N = labels_of(labels, logits_NL, least=1)
+    num_logits = logits_NL.shape[1]
+    on_a_scale = num_logits == 1 and np.asarray(labels).dtype.kind == "f"
+    labels_N: Any = np.asarray(labels, dtype=np.float64) if on_a_scale else labels_of(labels, logits_NL, least=1)
     activations_NU = as_matrix("activations", activations, rows=len(labels_N), may_be_empty=True)
     if not 2 <= folds <= len(labels_N):
         raise ValueError(f"folds must lie between 2 and the number of texts ({len(labels_N)}), got {folds}")
 
-    target_NL = _centred_within(_centred_over_labels(logits_NL, axis=1), labels_N)
-    z_NU = _centred_within(activations_NU, labels_N)
+    margins_NL = _centred_over_labels(logits_NL, axis=1)
+    if on_a_scale:
+        target_NL, z_NU = (_without_line(values, labels_N) for values in (margins_NL, activations_NU))
+    else:
+        target_NL, z_NU = (_centred_within(values, labels_N) for values in (margins_NL, activations_NU))
     scale_U = z_NU.std(axis=0)
-    varies_U = scale_U > _CONSTANT_TOLERANCE * np.abs(activations_NU).max(axis=0)
+    varies_U = scale_U > _CONSTANT_TOLERANCE * np.abs(activations_NU).max(axis=0, initial=0.0)
     varies_L = target_NL.std(axis=0) > _CONSTANT_TOLERANCE * np.abs(logits_NL).max()
-    if not varies_U.any() or not varies_L.any():
-        return 0.0
-    # In units of its own spread, so that the sums of squares are the same for logits of any size.
-    target_NV = target_NL[:, varies_L] / target_NL[:, varies_L].std(axis=0)
-    error_NV = target_NV - _held_out_predictions(z_NU[:, varies_U] / scale_U[varies_U], target_NV, folds, seed)
-    r2_V = 1 - (error_NV**2).sum(axis=0) / (target_NV**2).sum(axis=0)
-    return float(np.maximum(r2_V, 0).sum() / len(varies_L))
+    r2_L = np.zeros(num_logits)
+    for own_U, logits_of in _by_features(mask, num_logits, activations_NU.shape[1]):
+        used_U, used_L = own_U & varies_U, np.intersect1d(logits_of, np.flatnonzero(varies_L))
+        if used_U.any() and len(used_L):
+            # In units of its own spread, so that the sums of squares are the same for logits of any size.
+            target_NV = target_NL[:, used_L] / target_NL[:, used_L].std(axis=0)
+            error_NV = target_NV - _held_out_predictions(z_NU[:, used_U] / scale_U[used_U], target_NV, folds, seed)
+            r2_L[used_L] = 1 - (error_NV**2).sum(axis=0) / (target_NV**2).sum(axis=0)
+    return float(np.maximum(r2_L, 0).mean())
+
+
+def _by_features(
+    mask: npt.ArrayLike | None, num_logits: int, num_features: int
+) -> Iterator[tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp]]]:
+    """(which features, the logits that they are unintended for), so that equal sets are worked out once."""
+    if mask is None:
+        yield np.ones(num_features, dtype=bool), np.arange(num_logits)
+        return
+    rows_LU = np.asarray(mask, dtype=bool)
+    if rows_LU.shape != (num_logits, num_features):
+        raise ValueError(f"mask must have shape {(num_logits, num_features)}: logits, features; got {rows_LU.shape}")
+    sets, which_L = np.unique(rows_LU, axis=0, return_inverse=True)
+    for number, own_U in enumerate(sets):
+        yield own_U, np.flatnonzero(which_L.reshape(-1) == number)
+
+
+def _without_line(values: FloatArray, target_N: FloatArray) -> FloatArray:
+    """What is left after a linear regression on the target."""
+    line = target_N - target_N.mean()
+    centred = values - values.mean(axis=0)
+    size = float(line @ line)
+    return centred - np.outer(line, line @ centred) / size if size > 0 else centred
 
 
 def _held_out_predictions(inputs: FloatArray, targets: FloatArray, folds: int, seed: int) -> FloatArray:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "unintended_features.safetensors"
 CONFIG_NAME = "unintended_features.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _MIN_ACTIVE = 5
 _FEW_TEXTS = 10
@@ -50,6 +50,8 @@ class UnintendedFeatures:
         input_norm (`str`): how the SAE normalises each state by itself. Where it does, the bias is multiplied with
             what the state h is divided by: pre = direction · h + bias · length(h), and the directions are centred
             for layer_norm.
+        labels (`list[list[str] | None]`, *optional*): the labels that each feature is unintended for, None for all of
+            them: what is no reason for one disease may be one for another.
     """
 
     feature_ids: list[int]
@@ -60,6 +62,7 @@ class UnintendedFeatures:
     num_features: int
     spec: HiddenStateSpec | None
     input_norm: InputNorm = "none"
+    labels: list[list[str] | None] | None = None
 
     def __len__(self) -> int:
         return len(self.feature_ids)
@@ -74,12 +77,23 @@ class UnintendedFeatures:
 
     @classmethod
     def from_ids(
-        cls, sae: SAEForFeatureExtraction, ids: Iterable[int], *, reasons: Sequence[str] | None = None
+        cls,
+        sae: SAEForFeatureExtraction,
+        ids: Iterable[int],
+        *,
+        reasons: Sequence[str] | None = None,
+        labels: Sequence[Sequence[str] | None] | None = None,
     ) -> "UnintendedFeatures":
         """Features named by their number.
 
+        Args:
+            sae: the SAE.
+            ids: the features.
+            reasons: why each was chosen.
+            labels: the labels that each is unintended for, None for all.
+
         Raises:
-            ValueError: an id is not a feature of the SAE, or comes twice.
+            ValueError: an id is not a feature of the SAE, or comes twice; or `labels` are not as many.
         """
         ids = [int(i) for i in ids]
         for i in ids:
@@ -87,6 +101,8 @@ class UnintendedFeatures:
                 raise ValueError(f"feature {i} is not there: the SAE has features 0 to {sae.config.num_features - 1}")
         if len(set(ids)) != len(ids):
             raise ValueError("a feature id is given twice")
+        if labels is not None and len(labels) != len(ids):
+            raise ValueError(f"{len(ids)} features but {len(labels)} entries of labels: give one of each")
         with torch.no_grad():
             rows = torch.tensor(ids, dtype=torch.long, device=sae.device)
             encoder = sae.encoder_directions[rows].float().cpu().clone()
@@ -102,6 +118,7 @@ class UnintendedFeatures:
                 num_features=sae.config.num_features,
                 spec=sae.config.hidden_state_spec(),
                 input_norm=sae.config.input_norm,
+                labels=None if labels is None else [None if own is None else list(own) for own in labels],
             )
 
     @classmethod
@@ -213,7 +230,8 @@ class UnintendedFeatures:
 
     def fingerprint(self) -> str:
         """Of all that a classifier takes from it."""
-        digest = hashlib.sha256(f"{self.feature_ids} {self.input_norm}".encode())
+        of_labels = "" if self.labels is None else f" {self.labels}"
+        digest = hashlib.sha256(f"{self.feature_ids} {self.input_norm}{of_labels}".encode())
         for tensor in (self.encoder_directions, self.encoder_bias, self.decoder_directions):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -228,9 +246,14 @@ class UnintendedFeatures:
         }
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / WEIGHTS_NAME, tensors)
-        features = [{"id": i, "reason": r} for i, r in zip(self.feature_ids, self.reasons, strict=True)]
+        features: list[dict[str, Any]] = [
+            {"id": i, "reason": r} for i, r in zip(self.feature_ids, self.reasons, strict=True)
+        ]
+        for feature, of_labels in zip(features, self.labels or [], strict=False):
+            feature["labels"] = of_labels
         config = {
-            "format_version": FORMAT_VERSION,
+            # A reader that knows no labels would keep every label off every feature.
+            "format_version": 1 if self.labels is None else FORMAT_VERSION,
             "num_features": self.num_features,
             "spec": self.spec.to_dict() if self.spec else None,
             "input_norm": self.input_norm,
@@ -262,6 +285,7 @@ class UnintendedFeatures:
             num_features=config["num_features"],
             spec=HiddenStateSpec.from_dict(config["spec"]) if config["spec"] else None,
             input_norm=config.get("input_norm", "none"),
+            labels=[f.get("labels") for f in config["features"]] if config["format_version"] > 1 else None,
             **tensors,
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from selfreg.data import _check, load_rows, load_task
+from selfreg.data import _check, _check_labels, load_rows, load_task
 from selfreg.recipe import DataRecipe, RecipeError, SplitRecipe
 
 ROWS = [
@@ -120,5 +120,11 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: s
 )
 def test_values_of_the_wrong_kind_are_named(row: dict[str, object], message: str) -> None:
     data = DataRecipe(train=SplitRecipe(path="x"), eval={"test": SplitRecipe(path="x")})
+    rows = [{"text": "a", "label": "b"}, row]
+
+    def check() -> None:
+        _check(rows, "train", data, label=True)
+        _check_labels(rows, "train", "label", "single_label")
+
     with pytest.raises(RecipeError, match=message):
-        _check([{"text": "a", "label": "b"}, row], "train", ["text", "label"], data)
+        check()

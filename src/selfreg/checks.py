@@ -40,13 +40,13 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
                 raise RecipeError(f"features.{name}: feature {number} is not there, the SAE has 0 to {width - 1}")
     if features.keywords is not None:
         _of_key("features.keywords", lambda: keyword_pattern(features.keywords or []))
-    if features.attribute is not None and not has_two_groups(data.train.attribute or [], data.train.labels):
+    if features.attribute is not None and not has_two_groups(data.train.attribute or [], data.train.strata()):
         raise RecipeError(
             f"features.attribute: no label of the training set has texts of two values of {features.attribute!r}, so "
             "that it can't be told apart from the label; choose features by keywords or a judge, or add texts"
         )
     if features.rubric is not None:
-        _of_key("features.rubric", lambda: Rubric.load(features.rubric or ""))
+        _of_key("features.rubric", lambda: _check_rubric(Rubric.load(features.rubric or ""), data.labels))
     if features.explainer is not None:
         _check_chat("features.explainer", features.explainer)
     for judge in features.judge or []:
@@ -87,6 +87,15 @@ def _check_chat(key: str, chat: ChatRecipe) -> None:
             AutoConfig.from_pretrained(source.path, **source.kwargs())
         except (OSError, ValueError) as error:
             raise RecipeError(f"{key}.local: can't load the chat model {chat.local!r}: {error}") from error
+
+
+def _check_rubric(rubric: Rubric, labels: list[str]) -> None:
+    unknown = sorted(set(rubric.labels) - set(labels)) if rubric.per_label and labels else []
+    if unknown:
+        raise ValueError(
+            f"it gives verdicts for each label, but {unknown[0]!r} is none of the data's: {', '.join(labels)}; spell "
+            "the labels as in the data"
+        )
 
 
 def _of_key(key: str, check: Callable[[], object]) -> None:

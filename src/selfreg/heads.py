@@ -15,7 +15,7 @@ from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.data import TaskData
-from selfreg.evaluation.classifier import FIGURES, evaluate_head
+from selfreg.evaluation.classifier import evaluate_head, figure_names
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.recipe import Recipe
 from selfreg.utils.files import atomic_folder
@@ -55,15 +55,16 @@ class Heads:
         part = recipe.classifier
         self.args = RegularizedTrainingArguments(
             str(self.output / ".work" / "heads"),
-            penalty_weight=part.penalty_weight,
+            penalty_weight=part.penalty_weight,  # type: ignore[arg-type]
             similarity=part.similarity,
-            dependence_weight=part.dependence_weight,
+            dependence_weight=part.dependence_weight,  # type: ignore[arg-type]
             remove_unintended=part.remove_unintended,
             weight_decay=part.weight_decay,
             num_train_epochs=part.epochs,
             learning_rate=part.learning_rate,
             per_device_train_batch_size=part.batch_size,
             class_weights=part.class_weights,  # type: ignore[arg-type]
+            preference_loss=part.preference_loss,
             seed=recipe.seed,
             save_strategy="no",
             logging_steps=20,
@@ -80,7 +81,8 @@ class Heads:
             self.extractor(),
             None,
             self.unintended,
-            id2label=dict(enumerate(self.data.labels)),
+            id2label=dict(enumerate(self.data.labels)) if self.data.labels else None,
+            task=self.recipe.task,
             remove_unintended=self.recipe.classifier.remove_unintended,
         )
 
@@ -103,7 +105,12 @@ class Heads:
     def _pooled(self) -> dict[str, PooledStates]:
         data = self.data
         return {
-            part.name: self.classifier.pooled_states(self.stores[part.name], part.labels)
+            part.name: self.classifier.pooled_states(
+                self.stores[part.name],
+                None if part.task == "preference" else part.labels,
+                weights=part.weights,
+                margins=part.margins if self.args.preference_loss == "bradley_terry" else None,
+            )
             for part in (data.train, *data.eval.values())
         }
 
@@ -138,7 +145,7 @@ class Heads:
         cells: dict[str, Any] = {}
         for part in data.eval.values():
             if head is None:
-                figures[part.name], cells[part.name] = dict.fromkeys(FIGURES), []
+                figures[part.name], cells[part.name] = dict.fromkeys(figure_names(self.recipe.task)), []
             else:
                 figures[part.name], cells[part.name] = evaluate_head(
                     head, states[part.name], self.unintended, part.groups

@@ -1,19 +1,30 @@
 """Recipe: one YAML file = one whole run."""
 
+import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
+from selfreg.activations.conversation import CHAT
 from selfreg.utils.files import fingerprint_file, fingerprint_json
 from selfreg.utils.validation import explain_errors
 
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace")
 """What a recipe compares with where it does not say."""
-MORE_BASELINES = ("projection", "removal_only", "penalty_only", "dependence_only")
-"""Further ones: the span of the features projected away, and selfreg's own three parts each by itself."""
+MORE_BASELINES = (
+    "projection",
+    "removal_only",
+    "penalty_only",
+    "dependence_only",
+    "tfidf",
+    "zero_shot",
+    "scrubbing",
+)
+"""Further ones: the span of the features projected away, selfreg's own three parts each by itself, and three that see
+the text and not the hidden states: TF-IDF with logistic regression, prompting the backbone, and masking keywords."""
 
 
 class RecipeError(ValueError):
@@ -47,8 +58,9 @@ class SplitRecipe(_Part):
 class DataRecipe(_Part):
     """What is learned from, and what is measured on."""
 
-    text: str = Field("text", description="Column of the text.")
-    label: str = Field("label", description="Column of the label.")
+    text: str = Field("text", description="Column of the text. For preference: chosen, rejected and prompt, as TRL.")
+    label: str = Field("label", description="Column of the label; for multi_label it holds a list of names.")
+    weight: str | None = Field(None, description="Column of the weight of each training text in the loss.")
     group: str | None = Field(
         None, description="Column of the group, for gaps and leakage; the classifier never sees it."
     )
@@ -159,19 +171,35 @@ class FeaturesRecipe(_Part):
         return self
 
 
+def _weight(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError("must be a number greater than or equal to 0, or auto")
+    return float(value)
+
+
+Weight = Annotated[float | Literal["auto"], PlainValidator(_weight, json_schema_input_type=float | Literal["auto"])]
+
+
 class ClassifierRecipe(_Part):
     """Training of the classifier; the baselines get the same budget."""
 
-    penalty_weight: float = Field(1.0, ge=0)
+    penalty_weight: Weight = Field(1.0, description="A number, or auto: as strong as the validation loss allows.")
     similarity: Literal["encoder", "dot", "cosine", "subspace"] = "dot"
-    dependence_weight: float = Field(30.0, ge=0)
+    dependence_weight: Weight = Field(30.0, description="Likewise.")
     remove_unintended: bool = True
     weight_decay: float = Field(2.0, ge=0, description="Of selfreg's classifier; l2 has its own, the others none.")
     epochs: float = Field(100, gt=0)
     learning_rate: float = Field(3e-3, gt=0)
     batch_size: int = Field(64, ge=1)
     class_weights: Literal["balanced"] | list[float] | None = None
-    lora: None = Field(None, description="Not yet: the backbone is frozen.")
+    preference_loss: Literal["bradley_terry", "pointwise"] = Field(
+        "bradley_terry", description="Of pairs: both sides compared, or each judged by itself."
+    )
+    lora: dict[str, Any] | None = Field(
+        None, description="Train an adapter of the backbone too: {r: 8, ...}, as peft's LoraConfig takes it."
+    )
 
 
 class Recipe(_Part):
@@ -179,7 +207,7 @@ class Recipe(_Part):
 
     output: str = Field(description="Folder of the results.")
     seed: int = 0
-    task: Literal["single_label"] = "single_label"
+    task: Literal["single_label", "multi_label", "regression", "preference"] = "single_label"
     backbone: BackboneRecipe
     data: DataRecipe
     sae: SAERecipe = Field(default_factory=SAERecipe)
@@ -195,6 +223,16 @@ class Recipe(_Part):
                 known = ", ".join((*BASELINES, *MORE_BASELINES))
                 raise ValueError(f"baseline {name!r} is not known; there are {known}")
         return list(dict.fromkeys(names))
+
+    @model_validator(mode="after")
+    def _of_task(self) -> "Recipe":
+        if self.task == "preference" and self.backbone.template is None:
+            self.backbone.template = CHAT
+        if self.task in ("regression", "preference") and self.classifier.class_weights is not None:
+            raise ValueError(f"classifier.class_weights: task {self.task} has no classes; leave it out")
+        if self.task != "preference" and self.classifier.preference_loss != "bradley_terry":
+            raise ValueError(f"classifier.preference_loss is of task preference, not of {self.task}; leave it out")
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: list[str] | None = None) -> "Recipe":

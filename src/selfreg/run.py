@@ -30,6 +30,7 @@ from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae_stages import SAEStages
 from selfreg.stages import Stages, again
+from selfreg.texts import TextSet
 from selfreg.utils.devices import default_device
 from selfreg.utils.files import atomic_folder, read_json, remove_partial, write_json
 
@@ -59,7 +60,7 @@ class _Run:
         self.recipe, self.tell = recipe, tell
         self.output = Path(recipe.output)
         self.stages = Stages(self.output / ".stages")
-        self.data: TaskData = load_task(recipe.data, recipe.features.attribute)
+        self.data: TaskData = load_task(recipe.data, recipe.features.attribute, recipe.task)
         check_recipe(recipe, self.data)
         backbone = recipe.backbone
         source = resolve_model(backbone.model, revision=backbone.revision, gguf_file=backbone.gguf_file)
@@ -78,7 +79,9 @@ class _Run:
         for folder in (self.output, self.output / ".stages", self.output / ".work"):
             remove_partial(folder)
         sizes = ", ".join(f"{part.name} {len(part)}" for part in (self.data.train, *self.data.eval.values()))
-        self.tell(f"texts: {sizes}; labels: {', '.join(self.data.labels)}")
+        what = "pairs" if self.recipe.task == "preference" else "texts"
+        labels = f"; labels: {', '.join(self.data.labels)}" if self.data.labels else ""
+        self.tell(f"{what}: {sizes}{labels}")
         if self.recipe.sae.from_pretrained is not None:
             check_sae_source(self.recipe.sae, self.extractor.spec)
         self.tell("hidden states")
@@ -112,7 +115,8 @@ class _Run:
         return HiddenStateExtractor.from_pretrained(**self.recipe.backbone.model_dump())
 
     def _stores(self) -> dict[str, ActivationStore]:
-        texts = {part.name: part.texts for part in (self.data.train, *self.data.eval.values())}
+        sets = {part.name: part for part in (self.data.train, *self.data.eval.values())}
+        texts = {name: part.texts for name, part in sets.items()}
         general = self._general_text()
         if general is not None:
             texts["sae_text"] = general
@@ -120,28 +124,33 @@ class _Run:
         for name, part in texts.items():
             folder = self.output / "activations" / name
             inputs = [self.states, "store", part]
+            # Pairs are written out by the tokenizer, which a finished run has no need of.
+            prompts = partial(self._prompts, sets[name]) if name in sets else partial(list, part)
             _, there = self.stages.run(
                 f"activations-{name}",
                 inputs,
-                partial(self._extract, name, part, folder, self.stages.key_of(inputs)),
+                partial(self._extract, name, prompts, folder, self.stages.key_of(inputs)),
                 outputs=(folder / "manifest.json",),
             )
             stores[name] = ActivationStore(folder)
             if there and stores[name].num_full:  # the extractor itself says it the first time
                 self.tell(
-                    f"{stores[name].num_full} of {len(part)} texts of {name} fill backbone.max_length="
+                    f"{stores[name].num_full} of {stores[name].num_texts} texts of {name} fill backbone.max_length="
                     f"{self.recipe.backbone.max_length} tokens: what they have beyond is left out"
                 )
         return stores
 
-    def _extract(self, name: str, texts: list[str], folder: Path, key: str) -> dict[str, int]:
+    def _prompts(self, part: TextSet) -> list[str]:
+        return part.prompts(lambda: self.extractor.tokenizer, self.recipe.backbone.template)
+
+    def _extract(self, name: str, prompts: Callable[[], list[str]], folder: Path, key: str) -> dict[str, int]:
         # A store that was begun from other inputs is of no use to this run, and must not be gone on with.
         mark = self.output / ".work" / f"activations-{name}.json"
         begun = mark.exists() and read_json(mark) == key
         if not begun:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(mark, key)
-        store = self.extractor.extract(texts, folder, description=f"hidden states of {name}")
+        store = self.extractor.extract(prompts(), folder, description=f"hidden states of {name}")
         return {"tokens": store.num_tokens}
 
     def _general_text(self) -> list[str] | None:
@@ -159,14 +168,9 @@ class _Run:
         def work() -> dict[str, int]:
             self.tell("catalogue of what activates each feature")
             persons = self._persons_votes(folder, sae_fingerprint(sae))
-            train = self.data.train
+            labels, groups = self.data.train.of_texts(self.data.labels)
             catalog = FeatureCatalog.build(
-                sae,
-                self.extractor,
-                train.texts,
-                store=store,
-                labels=[self.data.labels[label] for label in train.labels],
-                groups=train.groups,
+                sae, self.extractor, self._prompts(self.data.train), store=store, labels=labels, groups=groups
             )
             cache = self.output / ".work" / "answers.jsonl"
             if recipe.explainer is not None:
@@ -232,8 +236,14 @@ class _Run:
                     chosen = UnintendedFeatures.from_keywords(sae, catalog, recipe.keywords or [], max_features=limit)
                 case "attribute":
                     assert train.attribute is not None
-                    labels = train.labels
-                    chosen = UnintendedFeatures.from_attribute(sae, store, train.attribute, labels, max_features=limit)
+                    chosen = UnintendedFeatures.from_attribute(
+                        sae,
+                        store,
+                        train.attribute,
+                        train.strata(),
+                        max_features=limit,
+                        pairs=train.task == "preference",
+                    )
                 case "ids":
                     chosen = UnintendedFeatures.from_ids(sae, recipe.ids or [])
                 case _:
@@ -243,7 +253,11 @@ class _Run:
             return {"unintended": len(chosen)}
 
         # Persons may have decided since the catalogue was made.
-        verdicts = [[record.feature, record.verdict] for record in catalog if record.verdict is not None]
+        verdicts = [
+            [record.feature, record.verdict, record.label_verdicts]
+            for record in catalog
+            if record.verdict is not None or record.label_verdicts
+        ]
         inputs = [
             self.base,
             catalog.info,
@@ -267,6 +281,7 @@ class _Run:
         names = ["selfreg", *recipe.baselines]
         inputs = [
             self.base,
+            recipe.task,
             recipe.classifier.model_dump(mode="json"),
             unintended.fingerprint(),
             self.data.train.fingerprint(),
@@ -280,8 +295,9 @@ class _Run:
                 f"method-{name}", [inputs, name], partial(heads.measure, name), outputs=outputs
             )
             first = next(iter(self.data.eval))
-            accuracy = results[name]["figures"][first]["accuracy"]
-            shown = "does not apply" if accuracy is None else f"accuracy on {first} {accuracy:.3f}"
+            key = "r2" if recipe.task == "regression" else "accuracy"
+            score = results[name]["figures"][first][key]
+            shown = "does not apply" if score is None else f"{key} on {first} {score:.3f}"
             self.tell(f"classifier {name}: {shown}{again(there)}")
         return results
 

@@ -167,6 +167,7 @@ def class_ids(labels: Iterable[Any], num_labels: int, name: str) -> list[int]:
         if not is_id or not 0 <= int(label) < num_labels:
             raise ValueError(
                 f"{name}: label {label!r} in row {row} is no class id; the model has labels 0 to {num_labels - 1}"
+                + (" (model.config.label2id maps names to them)" if isinstance(label, str) else "")
             )
         ids.append(int(label))
     return ids

@@ -96,12 +96,14 @@ def _table(methods: dict[str, Any], eval_name: str) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("classifier", no_wrap=True, min_width=max(map(len, methods)))
-    for title in _COLUMNS.values():
+    present = next(iter(methods.values()))[eval_name]
+    columns = {key: title for key, title in {**_COLUMNS, "r2": "R²", "mae": "MAE"}.items() if key in present}
+    for title in columns.values():
         table.add_column(title, justify="right")
     # Before, then after, then what else one could do.
     order = sorted(methods, key=lambda name: {"plain": 0, "selfreg": 1}.get(name, 2))
     for name in order:
         figures = methods[name][eval_name]
-        cells = ["–" if figures[key] is None else f"{figures[key]:.3f}" for key in _COLUMNS]
+        cells = ["–" if figures[key] is None else f"{figures[key]:.3f}" for key in columns]
         table.add_row(name, *cells, style="bold" if name == "selfreg" else None)
     return table

@@ -27,6 +27,11 @@ FIGURES = (
 """The figures of one method on one set of texts, in the order of `metrics.json`."""
 
 
+def figure_names(task: str) -> tuple[str, ...]:
+    """The figures of a task; those that do not apply are None, but there."""
+    return (*FIGURES, "r2", "mae") if task == "regression" else FIGURES
+
+
 def evaluate_classifier(
     model: RegularizedSequenceClassifier,
     dataset: Sequence[Mapping[str, Any]],

@@ -280,6 +280,9 @@ class FeatureCatalog:
     ) -> UnintendedFeatures:
         """The features that are explained, or decided by a person, and whose verdict is neither Yes nor Probably.
 
+        Where features were judged for each label, one that is a reason for some labels is unintended for the others,
+        and says so in `UnintendedFeatures.labels`.
+
         Args:
             sae: the SAE of this catalogue, which holds the directions; not needed in the session that built it.
             max_features: how many at most, the least legitimate first.
@@ -291,13 +294,26 @@ class FeatureCatalog:
         if sae is None:
             raise ValueError("a catalogue read from disk holds no SAE: pass its own, catalog.unintended(sae)")
         self.check_sae(sae)
-        judged = [record for record in self.records if record.judged]
+        judged = [record for record in self.records if record.judged or record.unintended_for is not None]
         if not judged:
             raise ValueError("no feature has a verdict yet: call explain and judge first")
-        chosen = [record for record in judged if not record.legitimate]
-        chosen.sort(key=lambda record: (-record.verdict_probabilities.get("No", 0.0), record.feature))
-        reasons = [f"judged {record.verdict} by {record.decided_by}: {record.why}" for record in chosen[:max_features]]
-        return UnintendedFeatures.from_ids(sae, [record.feature for record in chosen[:max_features]], reasons=reasons)
+        every = {label for record in judged for label in record.label_verdicts}
+        # For all labels (None) unless it was judged label by label and is a reason for some.
+        of_labels: dict[int, list[str] | None] = {}
+        for record in judged:
+            own = record.unintended_for
+            if own is None and not record.legitimate:
+                of_labels[record.feature] = None
+            elif own:
+                of_labels[record.feature] = None if set(own) == every else own
+        chosen = [record for record in judged if record.feature in of_labels]
+        # Before those that are a reason for something, those that are for nothing.
+        chosen.sort(key=lambda r: (r.legitimate, -r.verdict_probabilities.get("No", 0.0), r.feature))
+        ids = [record.feature for record in chosen[:max_features]]
+        labels = [of_labels[feature] for feature in ids]
+        reasons = [_verdict_reason(record, of_labels[record.feature]) for record in chosen[:max_features]]
+        per_label = any(own is not None for own in labels)
+        return UnintendedFeatures.from_ids(sae, ids, reasons=reasons, labels=labels if per_label else None)
 
     def update(self, feature: int, **changes: Any) -> None:
         """Replaces fields of one record."""
@@ -390,3 +406,9 @@ class FeatureCatalog:
         records = from_table(table)
         DecisionLog(folder, info["sae_fingerprint"]).apply(records)
         return cls(records, spec, info)
+
+
+def _verdict_reason(record: FeatureRecord, labels: list[str] | None) -> str:
+    if labels is None:
+        return f"judged {record.verdict or 'No'} by {record.decided_by or 'all'}: {record.why}"
+    return f"judged no reason for {', '.join(labels)}: {record.why}"

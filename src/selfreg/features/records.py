@@ -144,6 +144,13 @@ class FeatureRecord:
         return self.verdict is not None and (self.explained or any(vote.person for vote in self.votes))
 
     @property
+    def unintended_for(self) -> list[str] | None:
+        """The labels that the feature is no legitimate reason for, where it was judged for each label."""
+        if not self.label_verdicts or not (self.explained or any(vote.person for vote in self.votes)):
+            return None
+        return [label for label, verdict in self.label_verdicts.items() if verdict not in POSITIVE_VERDICTS]
+
+    @property
     def why(self) -> str:
         """What a verdict rests on: a person's own reason, where a person decided, else what the feature stands for."""
         by_person = any(vote.person and vote.judge == self.decided_by for vote in self.votes)

@@ -195,6 +195,7 @@ class UnintendedFeatures:
         *,
         max_features: int = 100,
         false_discovery_rate: float = 0.05,
+        pairs: bool = False,
     ) -> "UnintendedFeatures":
         """Features that tell a labelled attribute, among texts of the same label.
 
@@ -209,18 +210,24 @@ class UnintendedFeatures:
             attribute: the group of each text; None where it is not known.
             labels: the task's label of each text.
             max_features: how many at most.
+            pairs: the store holds pairs of texts, the chosen one first; attribute and labels are then of each pair,
+                and what tells the attribute is the difference between the sides' activations.
 
         Raises:
             ValueError: lengths differ, or no label has two groups.
         """
         from scipy.stats import false_discovery_control
 
-        if not len(attribute) == len(labels) == store.num_texts:
+        count = store.num_texts // 2 if pairs else store.num_texts
+        if not len(attribute) == len(labels) == count:
             raise ValueError(
-                f"the store has {store.num_texts} texts, but there are {len(attribute)} attributes and {len(labels)} "
-                "labels: give one of each for every text"
+                f"the store has {count} {'pairs' if pairs else 'texts'}, but there are {len(attribute)} attributes "
+                f"and {len(labels)} labels: give one of each for every {'pair' if pairs else 'text'}"
             )
-        strength, p_values, group = attribute_strength(largest_activations(sae, store).numpy(), attribute, labels)
+        activations = largest_activations(sae, store).numpy()
+        if pairs:
+            activations = activations[0::2] - activations[1::2]
+        strength, p_values, group = attribute_strength(activations, attribute, labels)
         kept = false_discovery_control(p_values) < false_discovery_rate
         order = sorted(np.nonzero(kept)[0].tolist(), key=lambda feature: (-abs(strength[feature] - 0.5), feature))
         order = order[:max_features]
@@ -381,7 +388,7 @@ def attribute_strength(
             auc, var = _auc_and_variance(activations[rows], positive)
             total += smaller * auc
             variance += smaller**2 * var
-            active += (activations[rows] > 0).sum(axis=0)
+            active += (activations[rows] != 0).sum(axis=0)
             weights += smaller
         if weights == 0:
             continue

@@ -1,0 +1,5 @@
+"""Unintended dependence, where `evaluate.load` looks for it. The metric is selfreg's."""
+
+from selfreg.evaluation.hf_metrics import UnintendedDependence  # From: git+https://github.com/selfreg/selfreg
+
+__all__ = ["UnintendedDependence"]

@@ -1,0 +1,5 @@
+"""Worst-group accuracy, where `evaluate.load` looks for it. The metric is selfreg's."""
+
+from selfreg.evaluation.hf_metrics import WorstGroupAccuracy  # From: git+https://github.com/selfreg/selfreg
+
+__all__ = ["WorstGroupAccuracy"]

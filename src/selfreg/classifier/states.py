@@ -48,12 +48,14 @@ class PooledStates:
         return len(self.pooled)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: rows[index] for name, rows in self._columns().items()}
+        return {name: rows[index] for name, rows in self.columns().items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        return [self[index] for index in indices]
+    def __getitems__(self, indices: Sequence[int]) -> "PooledStates":
+        # A batch at once: taken apart into rows and stacked again it would cost more than the step.
+        return self.select(indices)
 
-    def _columns(self) -> dict[str, Tensor]:
+    def columns(self) -> dict[str, Tensor]:
+        """What a step needs of the rows, by name."""
         columns = {"pooled": self.pooled, "labels": self.labels, "weight": self.weights, "margin": self.margins}
         return {name: rows for name, rows in columns.items() if rows is not None}
 

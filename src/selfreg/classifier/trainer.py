@@ -92,7 +92,7 @@ class RegularizedTrainer(RegularizationMixin):
         return super().train(*args, **kwargs)
 
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
-        own = self.accelerator.unwrap_model(model)
+        own = self.model
         if not isinstance(own, RegularizedSequenceClassifier) or "labels" not in inputs:
             return super().task_loss(model, inputs)
         inputs = dict(inputs)

@@ -39,7 +39,8 @@ def scrub(texts: Sequence[str], keywords: Sequence[str], *, mask: str = "") -> l
         texts: the texts.
         keywords: whole words or phrases, in any case; of two that begin alike the longer one counts.
         mask: what stands in place of each run of keywords. By default nothing does, because a mask tells that there
-            was a keyword: with the words of one group only, it would tell the group as well as they did.
+            was a keyword: with the words of one group only, it would tell the group as well as they did. On the
+            demo's notes, with those of both genders, it made no difference.
 
     Returns:
         The texts, as many and in order. One of which no letter or digit is left becomes the mask, or `EMPTY`.

@@ -457,7 +457,7 @@ def _of_task(task: str, row: dict[str, Any], number: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", ["multi_label", "regression", "preference"])
 def test_other_tasks_from_data_to_report(task: str, folder: Path, tmp_path: Path) -> None:
-    recipe = values(folder, tmp_path / "out", task=task, baselines=["plain", "focal", "leace"])
+    recipe = values(folder, tmp_path / "out", task=task, baselines=["plain", "focal", "leace", "tfidf"])
     parts = {"train": notes(120, False, 0), "test": notes(60, False, 1), "shifted": notes(60, True, 2)}
     files = {
         name: _write(tmp_path / f"{name}.jsonl", [_of_task(task, row, i) for i, row in enumerate(rows)])
@@ -485,3 +485,19 @@ def test_other_tasks_from_data_to_report(task: str, folder: Path, tmp_path: Path
     lines: list[str] = []
     run_recipe(Recipe.from_dict(recipe), tell=lines.append)
     assert all("done before" in line for line in lines if line.startswith("classifier"))
+
+
+def test_baselines_that_read_the_texts(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = values(folder, tmp_path / "out", baselines=["plain", "tfidf", "scrubbing", "zero_shot"])
+    recipe["features"] = {"keywords": ["he", "she", "man", "woman"]}
+    methods = run_recipe(Recipe.from_dict({**recipe, "instruction": "Patients."}))["methods"]
+    # The tiny model has no chat template, so that it can't be prompted.
+    assert set(methods["zero_shot"]["test"].values()) == {None}
+    assert "zero_shot left out" in caplog.text
+    assert methods["tfidf"]["test"]["accuracy"] > 0.7
+    assert methods["tfidf"]["test"]["unintended_use"] is None
+    assert methods["tfidf"]["test"]["unintended_dependence"] is not None
+    # Without the words of the attribute there is nothing else that tells it here.
+    assert methods["scrubbing"]["shifted"]["leakage"] < methods["tfidf"]["shifted"]["leakage"]
+    with pytest.raises(RecipeError, match="instruction: labels a, b say nothing to a language model"):
+        run_recipe(Recipe.from_dict(recipe))

@@ -213,6 +213,10 @@ class Recipe(_Part):
     sae: SAERecipe = Field(default_factory=SAERecipe)
     features: FeaturesRecipe
     classifier: ClassifierRecipe = Field(default_factory=ClassifierRecipe)
+    instruction: str | None = Field(
+        None,
+        description="What the texts are and the labels mean, for the baseline zero_shot; null: the labels' names.",
+    )
     baselines: list[str] = Field(default_factory=lambda: list(BASELINES))
 
     @field_validator("baselines")

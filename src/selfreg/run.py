@@ -91,7 +91,7 @@ class _Run:
         sae.to(default_device())  # type: ignore[arg-type]
         catalog = self._catalog(sae, stores["train"])
         unintended = self._unintended(sae, catalog, stores["train"])
-        methods = self._methods(unintended, stores)
+        methods = self._methods(unintended, catalog, stores)
         metrics = {
             "selfreg_version": __version__,
             "recipe_sha256": self.recipe.sha256(),
@@ -276,7 +276,9 @@ class _Run:
         self.tell(f"unintended features: {len(chosen)} of {len(catalog)}, chosen by {recipe.method}{again(there)}")
         return chosen
 
-    def _methods(self, unintended: UnintendedFeatures, stores: dict[str, ActivationStore]) -> dict[str, Any]:
+    def _methods(
+        self, unintended: UnintendedFeatures, catalog: FeatureCatalog, stores: dict[str, ActivationStore]
+    ) -> dict[str, Any]:
         recipe = self.recipe
         names = ["selfreg", *recipe.baselines]
         inputs = [
@@ -287,12 +289,13 @@ class _Run:
             self.data.train.fingerprint(),
             {name: part.fingerprint() for name, part in self.data.eval.items()},
         ]
-        heads = Heads(recipe, self.data, stores, unintended, lambda: self.extractor)
+        heads = Heads(recipe, self.data, stores, unintended, catalog, lambda: self.extractor)
         results = {}
         for name in names:
             outputs = (self.output / "classifier",) if name == "selfreg" else ()
+            own = {"zero_shot": recipe.instruction, "scrubbing": recipe.features.keywords}.get(name)
             results[name], there = self.stages.run(
-                f"method-{name}", [inputs, name], partial(heads.measure, name), outputs=outputs
+                f"method-{name}", [inputs, name, own], partial(heads.measure, name), outputs=outputs
             )
             first = next(iter(self.data.eval))
             key = "r2" if recipe.task == "regression" else "accuracy"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selfreg.activations.extractor import check_texts
-from selfreg.classifier.states import class_ids
+from selfreg.classifier.tasks import class_ids
 from selfreg.evaluation.arrays import FloatArray
 from selfreg.utils.progress import Advance, progress
 

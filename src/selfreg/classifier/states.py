@@ -24,6 +24,7 @@ class PooledStates:
         removed (`bool`, *optional*): whether the unintended features were removed; None where it is not known.
         weights (`[N]`, *optional*): weight of each text in the loss.
         margins (`[N]`, *optional*): of pairs: by how much the chosen side should win at least.
+        offsets (`[N, L]`, *optional*): added to the logits in training; see `unintended_offsets`.
     """
 
     pooled: Tensor
@@ -32,6 +33,7 @@ class PooledStates:
     removed: bool | None = None
     weights: Tensor | None = None
     margins: Tensor | None = None
+    offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.pooled) == len(self.activations) == len(self.labels):
@@ -39,7 +41,7 @@ class PooledStates:
                 f"{len(self.pooled)} pooled states, {len(self.activations)} rows of activations and "
                 f"{len(self.labels)} labels: they must be as many"
             )
-        for name in ("weights", "margins"):
+        for name in ("weights", "margins", "offsets"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.pooled):
                 raise ValueError(f"{len(values)} {name} for {len(self.pooled)} texts: they must be as many")
@@ -56,7 +58,13 @@ class PooledStates:
 
     def columns(self) -> dict[str, Tensor]:
         """What a step needs of the rows, by name."""
-        columns = {"pooled": self.pooled, "labels": self.labels, "weight": self.weights, "margin": self.margins}
+        columns = {
+            "pooled": self.pooled,
+            "labels": self.labels,
+            "weight": self.weights,
+            "margin": self.margins,
+            "offset": self.offsets,
+        }
         return {name: rows for name, rows in columns.items() if rows is not None}
 
     @property
@@ -75,7 +83,7 @@ class PooledStates:
         rows = torch.as_tensor(indices)
         changed: dict[str, Any] = {
             name: values[rows]
-            for name in ("pooled", "activations", "labels", "weights", "margins")
+            for name in ("pooled", "activations", "labels", "weights", "margins", "offsets")
             if (values := getattr(self, name)) is not None
         }
         return replace(self, **changed)

@@ -239,7 +239,9 @@ def merge(backbone: PeftModel) -> PreTrainedModel:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft 0.21 asks a model for `is_gradient_checkpointing`, which transformers 5.24 calls by another name."""
+    """Without what peft says of its own doing: it sets `fan_in_fan_out` itself where the layers ask for it (GPT-2's);
+    peft 0.21 asks a model for `is_gradient_checkpointing`, which transformers 5.24 calls by another name."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield

@@ -20,10 +20,10 @@ from selfreg.sae.modeling import SAEForFeatureExtraction
 
 logger = logging.getLogger(__name__)
 
-KEPT_SHARE = 0.9
-"""The features are taken to describe the adapted states while they explain this much of the variance that they
-explained before. A factor on the FVU itself would call an SAE that explains 97 % instead of 98 % broken, and let pass
-one that explains 40 % instead of 60 %."""
+LOST_SHARE = 0.1
+"""The features are taken to describe the adapted states until this share of the variance that they explained before is
+lost. A factor on the FVU itself would call an SAE that explains 97 % instead of 98 % broken, and let pass one that
+explains 40 % instead of 60 %."""
 
 _CHUNK = 64
 
@@ -37,7 +37,7 @@ class AdapterDrift:
         correlations (`dict[int, float | None]`): of each unintended feature, by id: correlation over tokens of its
             activation (the rectified pre-activation, which is what is removed) before and after; None where it is the
             same on all tokens.
-        num_states (`int`): tokens that these figures were taken over.
+        num_states (`int`): tokens that these figures were taken over: those that counted without the adapter.
     """
 
     before: float
@@ -47,8 +47,8 @@ class AdapterDrift:
 
     @property
     def features_describe_states(self) -> bool:
-        """Whether the SAE still explains `KEPT_SHARE` of what it explained before."""
-        return 1 - self.after >= KEPT_SHARE * (1 - self.before)
+        """Whether the SAE has lost no more than `LOST_SHARE` of what it explained before."""
+        return self.after - self.before <= LOST_SHARE * abs(1 - self.before)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,8 +58,10 @@ class AdapterDrift:
 def adapted_fvu(
     model: RegularizedSequenceClassifier, sae: SAEForFeatureExtraction, texts: Sequence[str]
 ) -> AdapterDrift:
-    """Measures the SAE on the states of texts without and with the classifier's adapter, and warns in the log where its
-    features no longer describe the latter: removal, penalty and dependence then act on something else.
+    """Measures the SAE on the states of texts without and with the classifier's adapter.
+
+    Warns in the log where its features no longer describe the latter: removal, penalty and dependence then act on
+    something else.
 
     Args:
         model: a classifier with an adapter.
@@ -67,7 +69,7 @@ def adapted_fvu(
         texts: of the kind that the classifier is for; a few hundred will do.
 
     Raises:
-        ValueError: there is no adapter (or it is merged), an empty text, or an SAE of another width.
+        ValueError: there is no adapter (or it is merged), no text, an empty one, or an SAE of another width.
     """
     config = model.config
     if not config.adapter:
@@ -85,9 +87,8 @@ def adapted_fvu(
         chunk = list(texts[start : start + _CHUNK])
         with _adapter_off(model.backbone):
             plain = list(_states(model, extractor, chunk))
-        for (old, kept), (new, still_kept) in zip(plain, _states(model, extractor, chunk), strict=True):
-            # Sinks may differ: only tokens that count both times can be compared.
-            keep_BT = kept & still_kept
+        for (old, keep_BT), (new, _) in zip(plain, _states(model, extractor, chunk), strict=True):
+            # The same tokens both times: an adapter that makes sinks of some must not hide them from these figures.
             old_SD, new_SD = old[keep_BT], new[keep_BT]
             before.update(old_SD)
             after.update(new_SD)
@@ -97,6 +98,8 @@ def adapted_fvu(
                     for states in (old_SD, new_SD)
                 )
             )
+    if before.count == 0:
+        raise ValueError("no text holds a token that counts by the classifier's token rule: give longer texts")
     drift = AdapterDrift(
         before.fvu, after.fvu, dict(zip(unintended.feature_ids, common.values, strict=True)), before.count
     )
@@ -114,12 +117,15 @@ def adapted_fvu(
 def _states(
     model: RegularizedSequenceClassifier, extractor: HiddenStateExtractor, texts: list[str]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states `[B, T, D]` and which tokens count `[B, T]`, batch by batch, on the head's device."""
+    """Hidden states `[B, T, D]` and which tokens count `[B, T]`, batch by batch, on the head's device.
+
+    Texts that hold nothing but sinks are left out: what the classifier reads of them is scaled down.
+    """
     norm = model.config.reference_norm
     for _, batch, raw in extractor.forward_batches(texts):
         hidden, keep = select_tokens(raw, batch, extractor.spec.token_rule, float("inf") if norm is None else norm)
         device = model.score.weight.device
-        yield hidden.to(device), keep.to(device)
+        yield raw.to(device), (keep & (hidden == raw).all(dim=-1)).to(device)
 
 
 @contextmanager

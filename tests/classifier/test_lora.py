@@ -254,6 +254,12 @@ def test_merged_gives_the_same_logits_and_is_no_longer_the_named_backbone(
         model.pooled_states(store, [0] * len(texts))
     with pytest.raises(ValueError, match=r"an adapter is merged into the backbone.*save_backbone=True saves it too"):
         model.save_pretrained(tmp_path / "m")
+    with pytest.raises(
+        ValueError, match=r"checkpoints can't be saved \(save_strategy='no' does without\): an adapter"
+    ):
+        RegularizedTrainer(model=model, args=make_args(tmp_path / "t", save_strategy="epoch"))
+    fit(model, make_rows(texts), tmp_path / "t", num_train_epochs=1)
+    wanted = logits_of(model, texts)
     model.save_pretrained(tmp_path / "m", save_backbone=True)
     assert not (tmp_path / "m" / "adapter").exists()
     again = RegularizedSequenceClassifier.from_pretrained(tmp_path / "m")

@@ -166,6 +166,8 @@ def save_adapter(
     backbone: PeftModel, folder: Path, *, state_dict: dict[str, Tensor] | None = None, is_main_process: bool = True
 ) -> None:
     """Writes the adapter in peft's own format: `PeftModel.from_pretrained(backbone, folder)` reads it."""
+    card = folder / "README.md"
+    is_new = not card.exists()
     backbone.save_pretrained(
         str(folder),
         selected_adapters=[_ADAPTER],
@@ -173,6 +175,9 @@ def save_adapter(
         state_dict=state_dict,
         is_main_process=is_main_process,
     )
+    if is_new and is_main_process:
+        # peft's form of a model card, not filled in but for the backbone's path on this machine.
+        card.unlink()
 
 
 def load_adapter(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selfreg.classifier.checkpoint import check_saved_whole
 from selfreg.classifier.collator import ClassifierCollator, labels_of, pooled_dataset
 from selfreg.classifier.inputs import check_dataset, check_removal, label_weights
 from selfreg.classifier.lora import ADAPTER_FOLDER, restore_adapter, unsaved_parameters
@@ -74,6 +75,14 @@ class RegularizedTrainer(RegularizationMixin):
                     "the backbone has trainable parameters; selfreg trains the head, and an adapter "
                     "(from_backbone(..., lora={'r': 8})): model.backbone.requires_grad_(False)"
                 )
+            if args.save_strategy != "no":
+                # Now, not when the first checkpoint is due.
+                try:
+                    check_saved_whole(model.config, model.backbone, save_backbone=False)
+                except ValueError as error:
+                    raise ValueError(
+                        f"checkpoints can't be saved (save_strategy='no' does without): {error}"
+                    ) from error
             cached = args.cache_states and model.backbone_is_frozen
             if args.remove_unintended is not None:
                 model.config.remove_unintended = args.remove_unintended

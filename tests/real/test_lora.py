@@ -30,13 +30,13 @@ def test_adapter_and_head_on_toxicchat(smollm2: Path, data_path: Callable[[str],
         rows = [json.loads(line) for line, _ in zip(file, range(400), strict=False)]
     rows = [row for row in rows if row["label"] == 1][:16] + [row for row in rows if row["label"] == 0][:16]
     texts = [row["text"] for row in rows]
-    extractor = HiddenStateExtractor.from_pretrained(str(smollm2), layer=15, pooling="mean", max_length=64)
+    extractor = HiddenStateExtractor.from_pretrained(str(smollm2), layer=7, pooling="mean", max_length=48)
     store = extractor.extract(texts, tmp_path / "store")
     set_seed(0)
     sae = SAEForFeatureExtraction(SAEConfig(hidden_size=store.hidden_size, num_features=512, k=16))
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     sae_args = SAETrainingArguments(
-        str(tmp_path / "sae"), num_train_epochs=20, per_device_train_batch_size=128, **quiet
+        str(tmp_path / "sae"), num_train_epochs=10, per_device_train_batch_size=128, **quiet
     )
     SAETrainer(sae, sae_args, train_dataset=store).train()
     active = sae.encode(store.gather(range(0, len(store), 5))).to_dense().gt(0).float().mean(dim=0)
@@ -47,14 +47,14 @@ def test_adapter_and_head_on_toxicchat(smollm2: Path, data_path: Callable[[str],
         extractor, sae, unintended, id2label={0: "fine", 1: "toxic"}, lora={"r": 8, "lora_alpha": 16}
     )
     args = RegularizedTrainingArguments(
-        str(tmp_path / "t"), num_train_epochs=3, per_device_train_batch_size=8, logging_steps=1, **quiet
+        str(tmp_path / "t"), num_train_epochs=2, per_device_train_batch_size=8, logging_steps=1, **quiet
     )
     trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows)
     trainer.train()
     losses = [entry["task_loss"] for entry in trainer.state.log_history if "task_loss" in entry]
-    assert sum(losses[-4:]) < sum(losses[:4])
+    assert sum(losses[4:]) < sum(losses[:4])
     adapters = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
-    assert len(adapters) == 16 * 7
+    assert len(adapters) == 8 * 7
     assert all(parameter.abs().max() > 0 for parameter in adapters)
 
     drift = adapted_fvu(model, sae, texts)

@@ -32,7 +32,10 @@ class RegularizedTrainingArguments(TrainingArguments):
         remove_unintended (`bool`, *optional*): take the features out of the hidden states, in training and afterwards.
             None: as the model was made, which is True where nothing else was said.
         cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of
-            once an epoch.
+            once an epoch. Has no effect while an adapter is trained.
+        adapter_learning_rate (`float`, defaults to 2e-4): initial learning rate of an adapter (LoRA) in the backbone,
+            whose start is the pretrained model; `learning_rate` is that of the head, which starts from zero. Both
+            follow the same schedule. `weight_decay` is of the head alone.
         class_weights (`str` or `list[float]`, *optional*): weight of each label in the task loss: `"balanced"`, or a
             weight a label (on a command line `1.0,2.5`).
         preference_loss (`str`, defaults to `"bradley_terry"`): of pairs: `"bradley_terry"`, which compares the two
@@ -46,6 +49,7 @@ class RegularizedTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Remove the features from the hidden states; None: as the model was made."}
     )
     cache_states: bool = field(default=True, metadata={"help": "Run each text through a frozen backbone only once."})
+    adapter_learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate of an adapter."})
     # HfArgumentParser takes no union of a string and a list; lists are taken all the same.
     class_weights: str | None = field(
         default=None, metadata={"help": "Weight of each label in the task loss: balanced, or 1.0,2.5,..."}

@@ -1,7 +1,8 @@
 """Arguments of classifier training."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -9,6 +10,16 @@ from transformers import TrainingArguments
 from selfreg.activations.prompt import check_choice
 from selfreg.classifier.penalty import Similarity
 from selfreg.classifier.tasks import PreferenceLoss
+
+AUTO: Literal["auto"] = "auto"
+"""A weight that is chosen by `path.resolve_weights`."""
+
+
+if TYPE_CHECKING:
+    Weight = float | Literal["auto"]
+else:
+    # HfArgumentParser takes no union of a number and a string; __post_init__ makes of the string what it says.
+    Weight = str
 
 
 @dataclass
@@ -23,12 +34,14 @@ class RegularizedTrainingArguments(TrainingArguments):
     loss = task loss + penalty_weight · similarity + dependence_weight · dependence
 
     Args:
-        penalty_weight (`float`, defaults to 1.0): weight of the similarity between head and unintended features; 0
-            turns it off.
+        penalty_weight (`float` or `"auto"`, defaults to 1.0): weight of the similarity between head and unintended
+            features; 0 turns it off. `"auto"` takes the strongest that costs no more validation loss than chance may
+            account for; see [`resolve_weights`].
         similarity (`str`, defaults to `"dot"`): `"encoder"`, `"dot"`, `"cosine"` or `"subspace"`; see
             [`similarity_penalty`].
-        dependence_weight (`float`, defaults to 30.0): weight of what still depends on the unintended features; 0 turns
-            it off. See [`dependence_term`].
+        dependence_weight (`float` or `"auto"`, defaults to 30.0): weight of what still depends on the unintended
+            features; 0 turns it off. See [`dependence_term`]. `"auto"` as above; with both, they are chosen together,
+            in the ratio of their defaults.
         remove_unintended (`bool`, *optional*): take the features out of the hidden states, in training and afterwards.
             None: as the model was made, which is True where nothing else was said.
         cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of
@@ -42,9 +55,13 @@ class RegularizedTrainingArguments(TrainingArguments):
             sides, or `"pointwise"`, which judges each by itself; see [`task_loss`].
     """
 
-    penalty_weight: float = field(default=1.0, metadata={"help": "Weight of the similarity penalty; 0: off."})
+    penalty_weight: Weight = field(
+        default=1.0, metadata={"help": "Weight of the similarity penalty; 0: off; auto: chosen by validation loss."}
+    )
     similarity: str = field(default="dot", metadata={"help": "encoder, dot, cosine or subspace."})
-    dependence_weight: float = field(default=30.0, metadata={"help": "Weight of the dependence term; 0: off."})
+    dependence_weight: Weight = field(
+        default=30.0, metadata={"help": "Weight of the dependence term; 0: off; auto: chosen by validation loss."}
+    )
     remove_unintended: bool | None = field(
         default=None, metadata={"help": "Remove the features from the hidden states; None: as the model was made."}
     )
@@ -69,12 +86,26 @@ class RegularizedTrainingArguments(TrainingArguments):
         check_choice("similarity", self.similarity, Similarity)
         check_choice("preference_loss", self.preference_loss, PreferenceLoss)
         for name in ("penalty_weight", "dependence_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            setattr(self, name, _weight(name, getattr(self, name)))
         self.label_weights()
         super().__post_init__()
         # Without an accelerator pinned memory only brings a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+    @property
+    def term_weights(self) -> tuple[float, float]:
+        """`penalty_weight` and `dependence_weight` as numbers.
+
+        Raises:
+            ValueError: one is still "auto".
+        """
+        for name in ("penalty_weight", "dependence_weight"):
+            if getattr(self, name) == AUTO:
+                raise ValueError(
+                    f"{name}='auto' is no number yet: selfreg.classifier.path.resolve_weights chooses one for a "
+                    "RegularizedSequenceClassifier over cached states; give a number for other models"
+                )
+        return self.penalty_weight, self.dependence_weight  # type: ignore[return-value]
 
     def label_weights(self) -> list[float] | None:
         """`class_weights` as numbers; None where they are balanced or there are none.
@@ -92,3 +123,17 @@ class RegularizedTrainingArguments(TrainingArguments):
         if any(weight < 0 for weight in weights):
             raise ValueError(f"class_weights={given!r} is not known: 'balanced', or a weight a label, none negative")
         return weights
+
+
+def _weight(name: str, value: Any) -> Any:
+    if value == AUTO:
+        return AUTO
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"{name}={value!r} is not known: a finite number, or 'auto'")
+    if weight < 0:
+        raise ValueError(f"{name}={value} must not be negative")
+    return weight

@@ -94,7 +94,9 @@ class RegularizationMixin(PartsTrainer):
         self._measures = not own and not self.regularizer.empty
         self._measured_before = self._checked = False
         self._num_items: Tensor | int | None = None
-        self._start_statistics(self.regularization.dependence_momentum)
+        self._scale = RunningScale(self.regularization.dependence_momentum)
+        # How much is held constant is known with the first batch.
+        self._dependence: RunningDependence | None = None
         if self._measures:
             self.add_callback(_SavesStatistics(self))
 
@@ -138,8 +140,7 @@ class RegularizationMixin(PartsTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._measures:
-            self._measured_before = self._only_the_head_trains() and has_length(self.train_dataset)
-            if self._measured_before:
+            if self._only_the_head_trains() and has_length(self.train_dataset):
                 self._measure_all()
             elif resume_from_checkpoint:
                 self._load_statistics(resume_from_checkpoint)
@@ -221,14 +222,11 @@ class RegularizationMixin(PartsTrainer):
             task = "multi_label"
         return states, activations, batch_constant(task, labels, num_logits)
 
-    def _start_statistics(self, momentum: float) -> None:
-        self._scale = RunningScale(momentum)
-        # How much is held constant is known with the first batch.
-        self._dependence: RunningDependence | None = None
-
     def _new_dependence(self, num_constant: int) -> RunningDependence:
-        features = self.unintended
-        return RunningDependence(len(features), features.hidden_size, num_constant, self._scale.momentum)
+        sizes = len(self.unintended), self.unintended.hidden_size, num_constant
+        if self._measured_before:
+            return RunningDependence(*sizes, momentum=1.0, min_texts=1)
+        return RunningDependence(*sizes, self.regularization.dependence_momentum)
 
     def _only_the_head_trains(self) -> bool:
         own = {id(parameter) for parameter in find_head(self.model, self.head_name).parameters()}
@@ -236,7 +234,8 @@ class RegularizationMixin(PartsTrainer):
 
     def _measure_all(self) -> None:
         """Scale and dependence over the whole training set: without forgetting, they are the closed form."""
-        self._start_statistics(momentum=1.0)
+        self._measured_before = True
+        self._scale, self._dependence = RunningScale(momentum=1.0), None
         # The order of the training's batches must not hang on this pass.
         with torch.random.fork_rng(devices=[]):
             loader = self.get_eval_dataloader(self.train_dataset)

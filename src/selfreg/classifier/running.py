@@ -11,8 +11,6 @@ from torch import Tensor
 
 from selfreg.classifier.tasks import Task, held_constant
 
-_FEWEST_TEXTS = 32.0
-
 _Sums = dict[str, Tensor]
 
 
@@ -34,16 +32,20 @@ class RunningDependence:
         hidden_size: D.
         num_constant: P, the columns of `batch_constant`.
         momentum: what each update leaves of the sums before it, 0 to 1.
+        min_texts: before so many were seen, nothing is said.
 
     Raises:
         ValueError: `momentum` is not in that range.
     """
 
-    def __init__(self, num_features: int, hidden_size: int, num_constant: int, momentum: float = 0.99) -> None:
+    def __init__(
+        self, num_features: int, hidden_size: int, num_constant: int, momentum: float = 0.99, min_texts: int = 32
+    ) -> None:
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum={momentum} must be from 0 to 1")
-        self.momentum = momentum
+        self.momentum, self.min_texts = momentum, min_texts
         shapes = {
+            "seen": (),
             "count": (),
             "constant_constant": (num_constant, num_constant),
             "constant_states": (num_constant, hidden_size),
@@ -85,8 +87,10 @@ class RunningDependence:
             )
         device = _precise(states.device)
         h, z, k = (values.detach().to(device).double() for values in (states, activations, constant))
+        count = torch.tensor(float(len(h)), dtype=torch.float64, device=device)
         batch = {
-            "count": torch.tensor(float(len(h)), dtype=torch.float64, device=device),
+            "seen": count,
+            "count": count,
             "constant_constant": k.T @ k,
             "constant_states": k.T @ h,
             "constant_activations": k.T @ z,
@@ -95,11 +99,14 @@ class RunningDependence:
         }
         if reduce is not None:
             batch = reduce(batch)
-        self._sums = {name: self.momentum * total.to(device) + batch[name] for name, total in self._sums.items()}
+        before = {name: total.to(device) for name, total in self._sums.items()}
+        self._sums = {name: self.momentum * total + batch[name] for name, total in before.items()}
+        # All texts, not only those that the sums still remember.
+        self._sums["seen"] = before["seen"] + batch["seen"]
 
     @property
     def directions(self) -> Tensor:
-        """`[U, D]`, float32; zeros before 32 texts were seen, and for a feature that doesn't vary within a label."""
+        """`[U, D]`, float32; zeros before `min_texts` were seen, and for a feature that doesn't vary within a label."""
         sums = self._sums
         count = sums["count"].clamp_min(1.0)
         # What follows the constant columns, as coefficients on them.
@@ -108,7 +115,7 @@ class RunningDependence:
         square = sums["activations_squared"]
         variance = (square - (of_constant * sums["constant_activations"]).sum(dim=0)) / count
         # Rounding leaves a constant column about 1e-16 of its mean square.
-        alive = (variance > 1e-12 * square / count) & (sums["count"] >= _FEWEST_TEXTS)
+        alive = (variance > 1e-12 * square / count) & (sums["seen"] >= self.min_texts)
         spread = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
         return torch.where(alive.unsqueeze(1), covariance / spread.unsqueeze(1), 0.0).float()
 

@@ -591,7 +591,7 @@ def test_reward_trainer_of_trl(kind: str, pairs: Dataset, tmp_path: Path) -> Non
 @old_names
 def test_dependence_of_pairs_is_that_of_their_differences(pairs: Dataset, tmp_path: Path) -> None:
     trainer, unintended = reward_setup(tmp_path, pairs, frozen=True)
-    trainer._measure_all()
+    trainer.train()
     states = [
         head_inputs(trainer.model, [{"input_ids": torch.tensor([row[side]])} for row in trainer.train_dataset])
         for side in ("chosen_ids", "rejected_ids")

@@ -92,11 +92,9 @@ class RegularizationMixin(PartsTrainer):
         self.regularizer = Regularizer(self.unintended, self.regularization, mask)
         # A classifier of selfreg standardises its states itself, and its Trainer measures them.
         self._measures = not own and not self.regularizer.empty
-        self._measured_before = self._checked = False
+        self._checked = False
         self._num_items: Tensor | int | None = None
-        self._scale = RunningScale(self.regularization.dependence_momentum)
-        # How much is held constant is known with the first batch.
-        self._dependence: RunningDependence | None = None
+        self._start_statistics(whole=False)
         if self._measures:
             self.add_callback(_SavesStatistics(self))
 
@@ -140,7 +138,9 @@ class RegularizationMixin(PartsTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._measures:
-            if self._only_the_head_trains() and has_length(self.train_dataset):
+            # Once more with each training: what was frozen in the last one may train in this.
+            self._start_statistics(whole=self._only_the_head_trains() and has_length(self.train_dataset))
+            if self._measured_before:
                 self._measure_all()
             elif resume_from_checkpoint:
                 self._load_statistics(resume_from_checkpoint)
@@ -222,6 +222,12 @@ class RegularizationMixin(PartsTrainer):
             task = "multi_label"
         return states, activations, batch_constant(task, labels, num_logits)
 
+    def _start_statistics(self, *, whole: bool) -> None:
+        self._measured_before = whole
+        self._scale = RunningScale(1.0 if whole else self.regularization.dependence_momentum)
+        # How much is held constant is known with the first batch.
+        self._dependence: RunningDependence | None = None
+
     def _new_dependence(self, num_constant: int) -> RunningDependence:
         sizes = len(self.unintended), self.unintended.hidden_size, num_constant
         if self._measured_before:
@@ -234,8 +240,6 @@ class RegularizationMixin(PartsTrainer):
 
     def _measure_all(self) -> None:
         """Scale and dependence over the whole training set: without forgetting, they are the closed form."""
-        self._measured_before = True
-        self._scale, self._dependence = RunningScale(momentum=1.0), None
         # The order of the training's batches must not hang on this pass.
         with torch.random.fork_rng(devices=[]):
             loader = self.get_eval_dataloader(self.train_dataset)

@@ -106,7 +106,7 @@ class RunningDependence:
 
     @property
     def directions(self) -> Tensor:
-        """`[U, D]`, float32; zeros before `min_texts` were seen, and for a feature that doesn't vary within a label."""
+        """`[U, D]`, float32; zeros before `min_texts` were seen, and for features that don't vary within a label."""
         sums = self._sums
         count = sums["count"].clamp_min(1.0)
         # What follows the constant columns, as coefficients on them.

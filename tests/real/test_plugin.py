@@ -34,6 +34,12 @@ def short_pairs(path: Path, count: int = 16) -> Dataset:
     )
 
 
+def use_of(model: Any, unintended: UnintendedFeatures) -> float:
+    """Mean over features of |w · û|."""
+    directions = torch.nn.functional.normalize(unintended.decoder_directions, dim=1)
+    return float((model.score.weight @ directions.T).abs().mean().detach())
+
+
 @pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning")
 def test_reward_model_on_real_pairs(smollm2_chat: Path, data_path: Callable[[str], Path], tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
@@ -43,43 +49,40 @@ def test_reward_model_on_real_pairs(smollm2_chat: Path, data_path: Callable[[str
 
     pairs = short_pairs(data_path("preferences/train.jsonl.xz"))
     tokenizer = AutoTokenizer.from_pretrained(smollm2_chat)
-    use = []
-    for penalty, dependence in ((0.0, 0.0), (3.0, 1.0)):
-        set_seed(0)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(smollm2_chat, num_labels=1, dtype="float32")
-        model.requires_grad_(False)
-        model.score.requires_grad_(True)
-        extractor = HiddenStateExtractor(model.model, tokenizer, layer="final", name="smollm2")
-        sae = SAEForFeatureExtraction(SAEConfig(hidden_size=576, num_features=64, k=8))
-        sae.config.set_hidden_state_spec(extractor.spec)
-        unintended = UnintendedFeatures.from_ids(sae, range(8))
-        args = trl.RewardConfig(
-            str(tmp_path / "out"),
-            max_steps=4,
-            per_device_train_batch_size=8,
-            learning_rate=1e-2,
-            bf16=False,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-        )
-        trainer = RegularizedRewardTrainer(
-            model,
-            args,
-            train_dataset=pairs,
-            processing_class=tokenizer,
-            unintended=unintended,
-            regularization=RegularizationArguments(penalty_weight=penalty, dependence_weight=dependence),
-        )
-        trainer.train()
-        entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-        assert {"task_loss", "similarity", "accuracy", "margin"} <= set(entry)
-        directions = torch.nn.functional.normalize(unintended.decoder_directions, dim=1)
-        use.append(float((model.score.weight @ directions.T).abs().mean().detach()))
+    set_seed(0)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(smollm2_chat, num_labels=1, dtype="float32")
+    model.requires_grad_(False)
+    model.score.requires_grad_(True)
+    extractor = HiddenStateExtractor(model.model, tokenizer, layer="final", name="smollm2")
+    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=576, num_features=64, k=8))
+    sae.config.set_hidden_state_spec(extractor.spec)
+    unintended = UnintendedFeatures.from_ids(sae, range(8))
+    args = trl.RewardConfig(
+        str(tmp_path / "out"),
+        max_steps=4,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+    )
+    trainer = RegularizedRewardTrainer(
+        model,
+        args,
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        unintended=unintended,
+        regularization=RegularizationArguments(penalty_weight=3.0, dependence_weight=1.0),
+    )
+    before = use_of(model, unintended)
+    trainer.train()
+    entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert {"task_loss", "similarity", "accuracy", "margin"} <= set(entry)
+    assert use_of(model, unintended) < 0.9 * before
     assert entry["dependence"] > 0
-    assert use[1] < 0.7 * use[0]
     trainer.save_model(str(tmp_path / "reward"))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
     batch = tokenizer("How do I learn ninja moves?", return_tensors="pt")

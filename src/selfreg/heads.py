@@ -27,7 +27,7 @@ from selfreg.utils.trainer import StepProgress
 
 logger = logging.getLogger(__name__)
 
-_OFF = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
+_OFF = {"penalty_weight": 0.0, "dependence_weight": 0.0, "offset_weight": 0.0, "remove_unintended": False}
 # Each of the three parts of selfreg by itself.
 _PARTS: dict[str, dict[str, Any]] = {
     "removal_only": {**_OFF, "remove_unintended": True},
@@ -63,9 +63,10 @@ class Heads:
         part = recipe.classifier
         self.args = RegularizedTrainingArguments(
             str(self.output / ".work" / "heads"),
-            penalty_weight=part.penalty_weight,  # type: ignore[arg-type]
+            penalty_weight=part.penalty_weight,
             similarity=part.similarity,
-            dependence_weight=part.dependence_weight,  # type: ignore[arg-type]
+            dependence_weight=part.dependence_weight,
+            offset_weight=part.offset_weight,
             remove_unintended=part.remove_unintended,
             weight_decay=part.weight_decay,
             num_train_epochs=part.epochs,

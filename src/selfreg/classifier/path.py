@@ -19,6 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score, r2_score
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.inputs import label_weights
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import dependence_directions
@@ -26,7 +27,7 @@ from selfreg.classifier.solver import HeadProblem
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import PreferenceLoss, held_constant, task_loss
 from selfreg.classifier.terms import Regularizer
-from selfreg.classifier.training_args import AUTO, RegularizedTrainingArguments
+from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.utils.files import write_json
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """RegularizedTrainer: trains a classifier that stays off the unintended features."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.checkpoint import check_saved_whole
 from selfreg.classifier.collator import ClassifierCollator, labels_of, pooled_dataset
 from selfreg.classifier.inputs import check_dataset, check_removal, label_weights
 from selfreg.classifier.lora import ADAPTER_FOLDER, restore_adapter, unsaved_parameters
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.offset import unintended_offsets
+from selfreg.classifier.path import DEFAULTS, WeightPath, resolve_weights
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.regularizer import RegularizationMixin
 from selfreg.classifier.running import RunningDependence, batch_constant
@@ -36,14 +40,14 @@ class RegularizedTrainer(RegularizationMixin):
 
     Args:
         model: the classifier; or a stock `AutoModelForSequenceClassification` model, with `unintended`.
-        args: a [`RegularizedTrainingArguments`].
+        args: a [`RegularizedTrainingArguments`]; for stock models any [`~transformers.TrainingArguments`].
         train_dataset: a [`PooledStates`]; or rows with `text` (or `input_ids`, as the tokenizer gives them for the
             bare text) and `label` (or `labels`); or rows with `pooled` and `labels`, which is enough where
             `dependence_weight` is 0. For `preference` rows with `chosen`, `rejected` and, where there are, `prompt`
             and `margin`: strings or lists of messages, as TRL has them. A column `weight` weighs texts in the loss.
         eval_dataset: likewise.
         unintended: for stock models only.
-        kwargs: as for [`~transformers.Trainer`].
+        kwargs: as for [`RegularizationMixin`] and [`~transformers.Trainer`].
 
     Raises:
         ValueError: a column is missing, a text is empty, a label is out of range or there is only one.
@@ -54,21 +58,22 @@ class RegularizedTrainer(RegularizationMixin):
     def __init__(
         self,
         model: Any,
-        args: RegularizedTrainingArguments,
+        args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
         unintended: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, RegularizedTrainingArguments):
+        own = isinstance(model, RegularizedSequenceClassifier)
+        if own and not isinstance(args, RegularizedTrainingArguments):
             raise ValueError(
                 f"args must be RegularizedTrainingArguments, not {type(args).__name__}: TrainingArguments with the "
                 "weights of the two terms"
             )
         self._label_weights: Tensor | None = None
+        self.weight_path: WeightPath | None = None
         self._running: RunningDependence | None = None
-        own = isinstance(model, RegularizedSequenceClassifier)
         if own:
             if unsaved_parameters(model.backbone):
                 raise ValueError(
@@ -95,6 +100,11 @@ class RegularizedTrainer(RegularizationMixin):
                 check_removal(part, model, name)
                 _check_states_stay(part, model, name)
             self._label_weights = label_weights(args, labels, model)
+            if args.offset_weight and not cached:
+                raise ValueError(
+                    f"offset_weight={args.offset_weight} needs states that stay as they are: set cache_states=True "
+                    "and train no adapter, or set offset_weight=0"
+                )
             if args.cache_states and not cached:
                 logger.info("an adapter is trained: states change with it, and are not cached")
             if cached:
@@ -105,6 +115,7 @@ class RegularizedTrainer(RegularizationMixin):
                     eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
                 else:
                     eval_dataset = _cached(model, eval_dataset)
+            self.weight_path = _choose_weights(model, args, train_dataset)
         super().__init__(
             model,
             args,
@@ -118,6 +129,8 @@ class RegularizedTrainer(RegularizationMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.model, RegularizedSequenceClassifier) and self.train_dataset is not None:
             self._fit(self.model, self.train_dataset)
+            if self.weight_path is not None and self.args.should_save:
+                self.weight_path.save(str(self.args.output_dir))
         return super().train(*args, **kwargs)
 
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
@@ -125,7 +138,8 @@ class RegularizedTrainer(RegularizationMixin):
         if not isinstance(own, RegularizedSequenceClassifier) or "labels" not in inputs:
             return super().task_loss(model, inputs)
         inputs = dict(inputs)
-        labels, weights, margins = (inputs.pop(name, None) for name in ("labels", "weight", "margin"))
+        columns = ("labels", "weight", "margin", "offset")
+        labels, weights, margins, offsets = (inputs.pop(name, None) for name in columns)
         if margins is not None and self.args.preference_loss == "pointwise":
             raise ValueError(
                 "a margin is between two sides: preference_loss='pointwise' can't use it; drop the column"
@@ -134,12 +148,13 @@ class RegularizedTrainer(RegularizationMixin):
         running = self._running if model.training else None
         outputs = model(**inputs, output_pooled=True) if running is not None else model(**inputs)
         if running is not None:
-            self._follow(running, own, outputs, labels)
+            self._follow_adapter(running, own, outputs, labels)
         if own.task == "preference" and outputs.logits.shape[-1] == 1:
             # All chosen sides, then all rejected ones.
             outputs.logits = torch.stack(outputs.logits.squeeze(-1).chunk(2), dim=1)
-        loss = self.loss_of(outputs.logits, labels, own, sample_weights=weights, margins=margins)
-        return loss, outputs
+        # The offset takes part in learning only: what it explains the head need not learn.
+        logits = outputs.logits if offsets is None or not model.training else outputs.logits + offsets
+        return self.loss_of(logits, labels, own, sample_weights=weights, margins=margins), outputs
 
     def loss_of(
         self, logits: Tensor, labels: Tensor, model: RegularizedSequenceClassifier, **columns: Tensor | None
@@ -151,11 +166,11 @@ class RegularizedTrainer(RegularizationMixin):
             labels,
             label_weights=self._label_weights,
             target_scale=model.loss_scale,
-            preference_loss=self.args.preference_loss,  # type: ignore[arg-type]
+            preference_loss=self.args.preference_loss,
             **columns,
         )
 
-    def _follow(
+    def _follow_adapter(
         self, running: RunningDependence, model: RegularizedSequenceClassifier, outputs: Any, labels: Tensor
     ) -> None:
         """Takes the batch into the running estimate, which this step's dependence term then uses."""
@@ -221,6 +236,9 @@ class RegularizedTrainer(RegularizationMixin):
             # cache_states is off: the backbone runs at every step, and once before for what the head is fitted to.
             states = pooled_dataset(model, dataset)
         model.set_standardization(states.pooled, states.labels)
+        if self.args.offset_weight and model.config.num_unintended:
+            offsets = self.args.offset_weight * unintended_offsets(model.task, _for_all(states, model))
+            self.train_dataset = replace(states, offsets=offsets)
         if self.args.dependence_weight and model.config.num_unintended:
             differences, activations = states.compared
             # The mean of the standardisation is held constant anyway.
@@ -255,6 +273,31 @@ def _check_states_stay(dataset: Any, model: RegularizedSequenceClassifier, name:
             f"{name} holds pooled states, which change while the adapter is trained: give texts, or freeze the "
             "adapter (model.backbone.requires_grad_(False)) and train the head alone"
         )
+
+
+def _for_all(states: PooledStates, model: RegularizedSequenceClassifier) -> PooledStates:
+    """With the activations of those features only that are unintended for all labels."""
+    mask = model.unintended_mask
+    return states if mask is None else replace(states, activations=states.activations[..., mask.all(dim=0)])
+
+
+def _choose_weights(
+    model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, dataset: Any
+) -> WeightPath | None:
+    """Puts numbers in the place of "auto" in `args`."""
+    auto = [name for name in DEFAULTS if getattr(args, name) == AUTO]
+    if not auto:
+        return None
+    if dataset is None:
+        chosen, path = DEFAULTS, None  # nothing is trained
+    else:
+        states = dataset if isinstance(dataset, PooledStates) else pooled_dataset(model, dataset)
+        resolved, path = resolve_weights(model, args, states)
+        chosen = {name: getattr(resolved, name) for name in auto}
+        logger.info("chosen by validation loss: %s", ", ".join(f"{name}={chosen[name]:g}" for name in auto))
+    for name in auto:
+        setattr(args, name, chosen[name])
+    return path
 
 
 def _cached(model: RegularizedSequenceClassifier, dataset: Any) -> Any:

@@ -1,31 +1,20 @@
 """Arguments of classifier training."""
 
-import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from selfreg.activations.prompt import check_choice
-from selfreg.classifier.penalty import Similarity
+from selfreg.classifier.arguments import RegularizationArguments
 from selfreg.classifier.tasks import PreferenceLoss
-
-AUTO: Literal["auto"] = "auto"
-"""A weight that is chosen by `path.resolve_weights`."""
-
-
-if TYPE_CHECKING:
-    Weight = float | Literal["auto"]
-else:
-    # HfArgumentParser takes no union of a number and a string; __post_init__ makes of the string what it says.
-    Weight = str
 
 
 @dataclass
-class RegularizedTrainingArguments(TrainingArguments):
+class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
     r"""
-    [`~transformers.TrainingArguments`] with what regularised training adds.
+    [`~transformers.TrainingArguments`] and [`RegularizationArguments`] in one, for a head over a frozen backbone.
 
     Other defaults: `per_device_train_batch_size=64`, `learning_rate=3e-3`, `num_train_epochs=100`, `weight_decay=2.0`,
     `remove_unused_columns=False`, `logging_steps=50`. They suit a head over a frozen backbone and
@@ -34,14 +23,10 @@ class RegularizedTrainingArguments(TrainingArguments):
     loss = task loss + penalty_weight · similarity + dependence_weight · dependence
 
     Args:
-        penalty_weight (`float` or `"auto"`, defaults to 1.0): weight of the similarity between head and unintended
-            features; 0 turns it off. `"auto"` takes the strongest that costs no more validation loss than chance may
-            account for; see [`resolve_weights`].
-        similarity (`str`, defaults to `"dot"`): `"encoder"`, `"dot"`, `"cosine"` or `"subspace"`; see
-            [`similarity_penalty`].
-        dependence_weight (`float` or `"auto"`, defaults to 30.0): weight of what still depends on the unintended
-            features; 0 turns it off. See [`dependence_term`]. `"auto"` as above; with both, they are chosen together,
-            in the ratio of their defaults.
+        penalty_weight, similarity, dependence_weight, dependence_momentum: see [`RegularizationArguments`].
+        offset_weight (`float`, defaults to 0.0): how much of what the unintended features alone say about the label is
+            set aside in training, 0 to 1; see [`unintended_offsets`]. For attributes that are spread over the whole
+            text. It needs cached states.
         remove_unintended (`bool`, *optional*): take the features out of the hidden states, in training and afterwards.
             None: as the model was made, which is True where nothing else was said.
         cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of
@@ -55,12 +40,8 @@ class RegularizedTrainingArguments(TrainingArguments):
             sides, or `"pointwise"`, which judges each by itself; see [`task_loss`].
     """
 
-    penalty_weight: Weight = field(
-        default=1.0, metadata={"help": "Weight of the similarity penalty; 0: off; auto: chosen by validation loss."}
-    )
-    similarity: str = field(default="dot", metadata={"help": "encoder, dot, cosine or subspace."})
-    dependence_weight: Weight = field(
-        default=30.0, metadata={"help": "Weight of the dependence term; 0: off; auto: chosen by validation loss."}
+    offset_weight: float = field(
+        default=0.0, metadata={"help": "How much of what the features alone say about the label is set aside; 0: off."}
     )
     remove_unintended: bool | None = field(
         default=None, metadata={"help": "Remove the features from the hidden states; None: as the model was made."}
@@ -83,29 +64,13 @@ class RegularizedTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are read by name."})
 
     def __post_init__(self) -> None:
-        check_choice("similarity", self.similarity, Similarity)
         check_choice("preference_loss", self.preference_loss, PreferenceLoss)
-        for name in ("penalty_weight", "dependence_weight"):
-            setattr(self, name, _weight(name, getattr(self, name)))
+        if not 0 <= self.offset_weight <= 1:
+            raise ValueError(f"offset_weight={self.offset_weight} must be from 0 to 1")
         self.label_weights()
         super().__post_init__()
         # Without an accelerator pinned memory only brings a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-
-    @property
-    def term_weights(self) -> tuple[float, float]:
-        """`penalty_weight` and `dependence_weight` as numbers.
-
-        Raises:
-            ValueError: one is still "auto".
-        """
-        for name in ("penalty_weight", "dependence_weight"):
-            if getattr(self, name) == AUTO:
-                raise ValueError(
-                    f"{name}='auto' is no number yet: selfreg.classifier.path.resolve_weights chooses one for a "
-                    "RegularizedSequenceClassifier over cached states; give a number for other models"
-                )
-        return self.penalty_weight, self.dependence_weight  # type: ignore[return-value]
 
     def label_weights(self) -> list[float] | None:
         """`class_weights` as numbers; None where they are balanced or there are none.
@@ -123,17 +88,3 @@ class RegularizedTrainingArguments(TrainingArguments):
         if any(weight < 0 for weight in weights):
             raise ValueError(f"class_weights={given!r} is not known: 'balanced', or a weight a label, none negative")
         return weights
-
-
-def _weight(name: str, value: Any) -> Any:
-    if value == AUTO:
-        return AUTO
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise ValueError(f"{name}={value!r} is not known: a finite number, or 'auto'")
-    if weight < 0:
-        raise ValueError(f"{name}={value} must not be negative")
-    return weight

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from transformers import set_seed
 
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.store import ActivationStore
+from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.path import WeightPath, resolve_weights
 from selfreg.classifier.scrubbing import scrub, scrub_words
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.data import TaskData
 from selfreg.evaluation.classifier import evaluate_head, evaluate_logits, figure_names
+from selfreg.evaluation.path_chart import reliance, save_path
 from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.recipe import Recipe
@@ -60,6 +63,7 @@ class Heads:
         self.recipe, self.data, self.stores = recipe, data, stores
         self.unintended, self.catalog, self.extractor = unintended, catalog, extractor
         self.output = Path(recipe.output)
+        self.weight_path: WeightPath | None = None
         part = recipe.classifier
         self.args = RegularizedTrainingArguments(
             str(self.output / ".work" / "heads"),
@@ -147,17 +151,32 @@ class Heads:
         if name == "selfreg":
             with atomic_folder(self.output / "classifier") as temporary:
                 self.classifier.save_pretrained(temporary)
+                if self.weight_path is not None:
+                    save_path(self.weight_path, temporary)
         if head is None:
             return self._nothing()
         found = {
             part.name: evaluate_head(head, states[part.name], self.unintended, part.groups)
             for part in self.data.eval.values()
         }
-        return _result(found, head.history)
+        result = _result(found, head.history)
+        if name == "selfreg" and self.weight_path is not None:
+            result["weight_path"] = asdict(self.weight_path)
+        return result
+
+    def _choose_weights(self) -> None:
+        """Puts numbers in the place of "auto", for all of selfreg's methods alike."""
+        if AUTO in (self.args.penalty_weight, self.args.dependence_weight):
+            states = self.with_removal if self.args.remove_unintended else self.without_removal
+            self.args, self.weight_path = resolve_weights(
+                self._new_classifier(), self.args, states["train"], measure=reliance
+            )
+            logger.info("chosen by validation loss: penalty_weight=%g, dependence_weight=%g", *self.args.term_weights)
 
     def _fit(self, name: str) -> tuple[FittedHead | None, dict[str, PooledStates]]:
         callbacks = [StepProgress(f"classifier {name}")]
         if name == "selfreg" or name in _PARTS:
+            self._choose_weights()
             args = replace(self.args, **_PARTS.get(name, {}))
             states = self.with_removal if args.remove_unintended else self.without_removal
             model = self.classifier if name == "selfreg" else self._new_classifier()

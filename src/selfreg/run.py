@@ -15,6 +15,7 @@ from selfreg.activations.backbone import resolve_model, source_fingerprint
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.store import ActivationStore
 from selfreg.checks import check_recipe, check_sae_source
+from selfreg.classifier.path import WeightPath
 from selfreg.data import TaskData, first_texts, load_task
 from selfreg.evaluation.report import ReportData, ReportFeature, write_report
 from selfreg.features.catalog import FORMAT_VERSION as CATALOG_FORMAT
@@ -338,6 +339,7 @@ class _Run:
             features=features,
             versions={"selfreg": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            weight_path=WeightPath.from_dict(path) if (path := methods["selfreg"].get("weight_path")) else None,
         )
         write_report(self.output / "report.html", data)
 

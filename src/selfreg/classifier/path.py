@@ -102,6 +102,13 @@ class WeightPath:
     num_validation: int
     similarity: str
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "WeightPath":
+        """From what `asdict` gave, as JSON."""
+        points = [PathPoint(**point) for point in values["points"]]
+        ridges = [(ridge, loss) for ridge, loss in values["ridges"]]
+        return cls(**{**values, "points": points, "ridges": ridges})
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes `weight_path.json` into `folder`, and returns its path; `evaluation.path_chart` draws it."""
         path = Path(folder) / WEIGHT_PATH_FILE

@@ -22,16 +22,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
-from selfreg.demo.notes import generate_notes
+from selfreg.demo.notes import Split, generate_notes
 from selfreg.demo.phrases import USUAL_GENDER
 from selfreg.demo.recipe import KEYWORDS as NOTES_KEYWORDS
 
 SHIFTS = ("notes", "tickets", "reviews", "applications")
-SPLITS = ("train", "test", "shifted", "balanced")
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 KEYWORDS: dict[str, list[str] | None] = {
     "notes": list(NOTES_KEYWORDS),
@@ -46,7 +46,9 @@ KEYWORDS: dict[str, list[str] | None] = {
         *("portal", "reference", "attachments", "viruses", "privacy policy", "notification", "copyright", "forwarded"),
     ],
 }
-"""Shift -> what a person who knows of the attribute would list without a look at the texts. No word tells a length."""
+"""Shift -> the words that a person who knows of the attribute would list. No word tells a length.
+
+They were listed from general knowledge, but by the author of the texts."""
 
 SHARE_MIXED, SHARE_VAGUE, SHARE_SHARED = 0.35, 0.08, 0.4
 """Of all texts; of all texts; of the third points of clear texts."""
@@ -115,7 +117,7 @@ def make_planted(
             )
     if not 0.5 <= tie <= 1:
         raise ValueError(f"tie={tie} must lie between 0.5 (no tie) and 1 (no counter-example)")
-    sizes = {"train": num_train, "test": num_eval, "shifted": num_eval, "balanced": num_train}
+    sizes: dict[Split, int] = {"train": num_train, "test": num_eval, "shifted": num_eval, "balanced": num_train}
     return {split: _rows(name, split, num, 0.5 if split == "balanced" else tie, seed) for split, num in sizes.items()}
 
 
@@ -132,7 +134,7 @@ def usual_values(name: str) -> dict[str, str]:
     return _shifts()[name].usual
 
 
-def _rows(name: str, split: str, num: int, tie: float, seed: int) -> list[dict[str, str]]:
+def _rows(name: str, split: Split, num: int, tie: float, seed: int) -> list[dict[str, str]]:
     if name == "notes":
         notes = generate_notes(split, seed=seed, num_notes=num, tie=None if split == "balanced" else tie)
         return [{"text": note["text"], "label": note["label"], "group": note["gender"]} for note in notes]
@@ -163,7 +165,7 @@ def _rows(name: str, split: str, num: int, tie: float, seed: int) -> list[dict[s
     return list(rows.values())
 
 
-def _home(points: Sequence[Point]) -> str:
+def _home(points: Sequence[Point]) -> Split:
     """The one split in which these points may be made together, in whatever order, words around and slots.
 
     Their hash says so, which keeps any two splits of any seeds apart.
@@ -198,10 +200,11 @@ def _points(draws: Random, shift: Shift, label: str, kind: float) -> list[Point]
 def _ticket(draws: Random, bank: dict[str, Any], points: list[Point], group: str) -> list[str]:
     """The tone is everywhere: in the opening, around one clause or more, in the request and mostly in the closing."""
     wrapped = draws.randrange(len(points))
-    body = []
-    for number, point in enumerate(points):
-        toned = number == wrapped or draws.random() < 0.3
-        body.append(_in(draws, bank["wrappers"][group], point) if toned else _plain(draws, bank, point, number))
+    wrappers = draws.sample(bank["wrappers"][group], len(points))
+    body = _told(draws, bank, points)
+    for number, (point, wrapper) in enumerate(zip(points, wrappers, strict=True)):
+        if number == wrapped or draws.random() < 0.3:
+            body[number] = wrapper.replace("{clause}", point.clause)
     body = _sprinkle(draws, body, draws.sample(bank["fillers"], draws.choice((0, 1, 1))), first=1)
     closing = draws.sample(bank["closings"][group], draws.choice((0, 1, 1)))
     return [draws.choice(bank["openings"][group]), *body, draws.choice(bank["requests"][group]), *closing]
@@ -226,8 +229,7 @@ def _review(draws: Random, bank: dict[str, Any], points: list[Point], group: str
 def _application(draws: Random, bank: dict[str, Any], points: list[Point], group: str) -> list[str]:
     """Without boilerplate, a sentence or two more of the person's own: the length does not tell."""
     num_fillers = 1 if group == "boilerplate" else draws.choice((2, 3, 3))
-    told = [_plain(draws, bank, point, number) for number, point in enumerate(points)]
-    body = _sprinkle(draws, told, draws.sample(bank["fillers"], num_fillers), first=0)
+    body = _sprinkle(draws, _told(draws, bank, points), draws.sample(bank["fillers"], num_fillers), first=0)
     sentences = [draws.choice(bank["openings"]), *body, draws.choice(bank["closings"])]
     if group == "boilerplate":
         if draws.random() < 0.5:
@@ -236,13 +238,13 @@ def _application(draws: Random, bank: dict[str, Any], points: list[Point], group
     return sentences
 
 
-def _plain(draws: Random, bank: dict[str, Any], point: Point, number: int) -> str:
-    """A point as a sentence, which may lead over from the points before it."""
-    return _in(draws, bank["links"], point) if number and draws.random() < 0.4 else point.clause + "."
-
-
-def _in(draws: Random, frames: Sequence[str], point: Point) -> str:
-    return draws.choice(frames).replace("{clause}", point.clause)
+def _told(draws: Random, bank: dict[str, Any], points: Sequence[Point]) -> list[str]:
+    """A sentence a point; the second and third may lead over from the one before."""
+    links = draws.sample(bank["links"], len(points))
+    return [
+        link.replace("{clause}", point.clause) if number and draws.random() < 0.4 else point.clause + "."
+        for number, (point, link) in enumerate(zip(points, links, strict=True))
+    ]
 
 
 def _joined(points: Sequence[Point]) -> str:
@@ -266,8 +268,9 @@ def _slots(draws: Random) -> dict[str, Any]:
     """What the slots of a text hold, the same all through the text."""
     lists = _bank()["slots"]
     slots: dict[str, Any] = {name: draws.choice(values) for name, values in lists.items()}
-    return slots | {
-        "elsewhere": draws.choice([town for town in lists["town"] if town != slots["town"]]),
+    return {
+        **slots,
+        **dict(zip(("town", "elsewhere", "origin"), draws.sample(lists["town"], 3), strict=True)),
         "sum": draws.randint(12, 89),
         "year": draws.randint(2004, 2022),
         "code": draws.randint(101, 989),

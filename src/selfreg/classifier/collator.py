@@ -40,7 +40,9 @@ class ClassifierCollator:
         """The one that fits a classifier."""
         return cls(model.tokenizer, model.config.pad_id, model.config.template)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]] | PooledStates) -> dict[str, Tensor]:
+        if isinstance(rows, PooledStates):
+            return rows.columns()
         first = rows[0]
         batch: dict[str, Any] = {}
         if "pooled" in first:

@@ -48,12 +48,14 @@ class PooledStates:
         return len(self.pooled)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: rows[index] for name, rows in self._columns().items()}
+        return {name: rows[index] for name, rows in self.columns().items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        return [self[index] for index in indices]
+    def __getitems__(self, indices: Sequence[int]) -> "PooledStates":
+        # A DataLoader's batch, for ClassifierCollator: taken apart and stacked again it would cost more than the step.
+        return self.select(indices)
 
-    def _columns(self) -> dict[str, Tensor]:
+    def columns(self) -> dict[str, Tensor]:
+        """What training reads, by the name that a batch has for it."""
         columns = {"pooled": self.pooled, "labels": self.labels, "weight": self.weights, "margin": self.margins}
         return {name: rows for name, rows in columns.items() if rows is not None}
 

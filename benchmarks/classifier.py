@@ -93,9 +93,9 @@ def arguments(folder: str, batch: int = 1024, **kwargs: Any) -> RegularizedTrain
         folder,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=4096,
-        num_train_epochs=60,
-        weight_decay=0.5,
-        lr_scheduler_type="constant",
+        num_train_epochs=20,
+        weight_decay=0.1,
+        lr_scheduler_type="cosine",
         eval_strategy="epoch",
         save_strategy="no",
         metric_for_best_model="loss",
@@ -111,7 +111,7 @@ def trained(
 ) -> None:
     torch.nn.init.zeros_(model.score.weight)
     torch.nn.init.zeros_(model.score.bias)
-    stop = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1e-3)
+    stop = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1e-4)
     trainer = RegularizedTrainer(model, args, train_dataset=train, eval_dataset=test, callbacks=[stop])
     trainer.remove_callback(PrinterCallback)
     trainer.train()

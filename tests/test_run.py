@@ -501,3 +501,17 @@ def test_baselines_that_read_the_texts(folder: Path, tmp_path: Path, caplog: pyt
     assert methods["scrubbing"]["shifted"]["leakage"] < methods["tfidf"]["shifted"]["leakage"]
     with pytest.raises(RecipeError, match="instruction: labels a, b say nothing to a language model"):
         run_recipe(Recipe.from_dict(recipe))
+
+
+def test_weights_that_the_validation_loss_chooses(folder: Path, tmp_path: Path) -> None:
+    recipe = values(folder, tmp_path / "out", baselines=["plain", "dependence_only"])
+    recipe["classifier"] |= {"penalty_weight": "auto", "dependence_weight": "auto", "offset_weight": 0.5}
+    lines: list[str] = []
+    metrics = run_recipe(Recipe.from_dict(recipe), tell=lines.append)
+    assert metrics["methods"]["selfreg"]["test"]["accuracy"] > 0.6
+    path = json.loads((tmp_path / "out" / "classifier" / "weight_path.json").read_text())
+    assert len(path["points"]) == 10
+    assert path["points"][0]["figures"]["unintended_dependence"] is not None
+    assert (tmp_path / "out" / "classifier" / "weight_path.html").exists()
+    assert "How strict the rule is" in (tmp_path / "out" / "report.html").read_text()
+    assert run_recipe(Recipe.from_dict(recipe)) == metrics

@@ -2,10 +2,32 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+
+
+class PooledBatch(Sequence[dict[str, Tensor]]):
+    """Rows as any collator takes them; `ClassifierCollator` takes the columns at once.
+
+    Attributes:
+        columns (`dict[str, Tensor]`): name of a column -> `[rows, ...]`.
+    """
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["pooled"])
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PooledBatch": ...
+    def __getitem__(self, index: int | slice) -> "dict[str, Tensor] | PooledBatch":
+        own = {name: rows[index] for name, rows in self.columns.items()}
+        return PooledBatch(own) if isinstance(index, slice) else own
 
 
 @dataclass(frozen=True)
@@ -50,8 +72,10 @@ class PooledStates:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: rows[index] for name, rows in self._columns().items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        return [self[index] for index in indices]
+    def __getitems__(self, indices: Sequence[int]) -> PooledBatch:
+        # The name torch's DataLoader looks for: a quarter of a step would go into rows that are stacked again.
+        rows = torch.as_tensor(indices)
+        return PooledBatch({name: values[rows] for name, values in self._columns().items()})
 
     def _columns(self) -> dict[str, Tensor]:
         columns = {"pooled": self.pooled, "labels": self.labels, "weight": self.weights, "margin": self.margins}

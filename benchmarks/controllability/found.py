@@ -1,4 +1,4 @@
-"""Shifts as they were found, none made: toxic tweets that name a group of people or not, and CEBaB's edited reviews."""
+"""Shifts as they were found, none made: toxic tweets that name a group of people or not, CEBaB's edited reviews."""
 
 import re
 
@@ -94,8 +94,8 @@ def cebab_edits() -> Pool:
     pool = Pool(
         "cebab_edits",
         "CEBaB, is the food good; trained on original reviews, where food and service go together; `edits`: reviews "
-        "whose service, ambience or noise was rewritten and whose food was not: the verdict must stay. Unintended: what "
-        "is said of the service. The balanced set has edited reviews too",
+        "whose service, ambience or noise was rewritten and whose food was not: the verdict must stay. Unintended: "
+        "what is said of the service. The balanced set has edited reviews too",
         corpus,
         ["the food is bad", "the food is good"],
         label,

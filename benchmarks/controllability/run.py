@@ -67,9 +67,7 @@ def main() -> None:
     if not only_summary:
         run(options)
     write_summary(options.output)
-    print(
-    print(f"{options.output}: tables in RESULTS.md and results.json, pictures in figures/")
-    )
+    print(print(f"{options.output}: tables in RESULTS.md and results.json, pictures in figures/"))
 
 
 def run(options: Options) -> None:

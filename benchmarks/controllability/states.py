@@ -6,7 +6,7 @@ Shapes: N texts (of pairs: sides, the chosen one first), F features of the SAE, 
 """
 
 import json
-import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,8 +31,8 @@ from selfreg import (
     SAETrainingArguments,
     UnintendedFeatures,
 )
-from selfreg.activations.conversation import render_pair
-from selfreg.activations.store import save_tensors
+from selfreg.activations.conversation import CHAT, render_pair
+from selfreg.activations.store import StoreShard, StoreWriter, save_tensors
 from selfreg.classifier.penalty import feature_activations
 from selfreg.demo.recipe import demo_backbone
 from selfreg.features.activations import largest_activations
@@ -44,8 +44,6 @@ LAYER = 15
 NUM_FEATURES, K = 4_608, 32
 MAX_FEATURES = 100
 _CHUNK = 4_096
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Workshop:
     def prompts(self, corpus: Corpus, rows: Sequence[int] | None = None) -> list[str]:
         """What the backbone reads; of pairs both sides in turn."""
         texts = corpus.texts if rows is None else [corpus.texts[row] for row in rows]
-        if corpus.template is None:
+        if corpus.template != CHAT:
             return texts
         tokenizer = self._base.tokenizer
         return [side for text in texts for side in render_pair(tokenizer, json.loads(text), corpus.template)]
@@ -209,6 +207,8 @@ class Workshop:
                 # Without the store the backbone runs again, over the training pool alone.
                 store=self.store(pool.corpus) if everything else self._training_store(pool),
             )
+            if not everything:
+                shutil.rmtree(self._training_folder(pool))
             chosen = UnintendedFeatures.from_keywords(sae, catalog, pool.keywords, max_features=MAX_FEATURES)
             write_json(path, {"ids": chosen.feature_ids, "reasons": chosen.reasons})
         found = read_json(path)
@@ -216,15 +216,13 @@ class Workshop:
 
     def _training_store(self, pool: Pool) -> ActivationStore:
         """The states of the training pool, copied out of those of the whole corpus."""
-        prompts = self.prompts(pool.corpus, pool.pool)
-        key = fingerprint_strings(prompts)
-        folder = self.folder / "activations" / f"{pool.name}-train-{key[:12]}"
-        copy_store(self.store(pool.corpus), self._stored(pool), folder, prompts)
+        folder = self._training_folder(pool)
+        rows = [2 * row + side for row in pool.pool for side in range(2)] if pool.task == "preference" else pool.pool
+        copy_store(self.store(pool.corpus), rows, folder, self.prompts(pool.corpus, pool.pool))
         return ActivationStore(folder)
 
-    @staticmethod
-    def _stored(pool: Pool) -> list[int]:
-        return [2 * row + side for row in pool.pool for side in range(2)] if pool.corpus.template else pool.pool
+    def _training_folder(self, pool: Pool) -> Path:
+        return self.folder / ".work" / f"{pool.name}-training"
 
     def scrubbed(self, pool: Pool) -> Tensor:
         """Mean hidden states of all texts with the keywords taken out, `[N, D]`."""
@@ -273,8 +271,6 @@ def pre_activations(sae: SAEForFeatureExtraction, store: ActivationStore) -> tup
 
 def copy_store(source: ActivationStore, rows: Sequence[int], folder: Path, prompts: Sequence[str]) -> None:
     """Writes the states of some texts of a store, in the order of `rows`, as a store of its own."""
-    from selfreg.activations.store import StoreShard, StoreWriter
-
     writer = StoreWriter(
         folder,
         source.spec,

@@ -176,7 +176,8 @@ def _head() -> list[str]:
     return [
         "Mean ± standard deviation over seeds. `Δ` against plain on the same texts, with a 95 % interval of the "
         "paired bootstrap over texts and seeds. Use and dependence are measured against the same features for all "
-        "methods of a data set: those chosen by the attribute. `selfreg_random`: as many features drawn at random, the control. "
+        "methods of a data set: those chosen by the attribute. `selfreg_random`: as many features drawn at random, "
+        "the control. "
         "`balanced`: plain, trained on texts in which label and group have nothing to do with each other.",
     ]
 

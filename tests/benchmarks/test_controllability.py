@@ -12,7 +12,7 @@ from benchmarks.controllability import datasets, run
 from benchmarks.controllability.bootstrap import Unit, compare, f1, value, worst_group_accuracy
 from benchmarks.controllability.datasets import DATASETS
 from benchmarks.controllability.figures import front, picture
-from benchmarks.controllability.methods import Trial, conversations
+from benchmarks.controllability.methods import DoesNotApply, Trial, conversations
 from benchmarks.controllability.pool import Cells, Corpus, Pool, Rows, cells_of, even, folded, generator, tied
 from benchmarks.controllability.run import Options
 from benchmarks.controllability.states import Activations, Workshop, copy_store, pre_activations
@@ -353,6 +353,36 @@ def test_a_method_that_does_not_apply_says_why_and_is_in_no_mean(
     found = summarize(options.output / "results" / "tiny")
     assert list(found["methods"]) == ["plain", "selfreg_keywords"]
     assert "too few texts" in found["does_not_apply"]["balanced"]
+
+
+def test_pairs_are_compared_side_by_side(sae: SAEForFeatureExtraction, store: ActivationStore, tmp_path: Path) -> None:
+    generator_ = np.random.default_rng(0)
+    group = ["longer is chosen" if side else "shorter is chosen" for side in generator_.random(30) < 0.5]
+    pool = Pool(
+        "pairs",
+        "pairs",
+        Corpus("pairs", ["{}"] * 30, template="{chat}"),
+        [],
+        [0] * 30,
+        group,
+        ("fever",),
+        list(range(20)),
+        lambda seed: Rows(list(range(20)), {"test": list(range(20, 30))}),
+        "Good?",
+        task="preference",
+    )
+    activations = activations_of(sae, store)
+    trial = Trial(
+        pool, 0, sae, activations, UnintendedFeatures.from_ids(sae, [1, 2]), FakeWorkshop(tmp_path, sae, store)
+    )
+    states = trial.states([4], trial.measure, None)
+    assert torch.equal(states.pooled[0], activations.pooled[8:10])
+    for method in ("plain", "selfreg_keywords", "leace"):
+        result = trial.run(method)
+        assert result["figures"]["test"]["accuracy"] == pytest.approx(result["right"]["test"].count("1") / 10)
+        assert result["figures"]["test"]["f1"] is None
+    with pytest.raises(DoesNotApply, match="balance"):
+        trial.run("balanced")
 
 
 def test_folds_are_measured_together() -> None:

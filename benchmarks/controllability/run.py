@@ -61,10 +61,17 @@ def main() -> None:
         help="data sets whose training texts the SAE sees: the same in every call, or it is another SAE",
     )
     parser.add_argument("--summary", action="store_true", help="only write tables and figures of what is there")
-    given: dict[str, Any] = vars(parser.parse_args())
-    only_summary = given.pop("summary")
-    options = Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    if not only_summary:
+    given = parser.parse_args()
+    options = Options(
+        output=given.output,
+        seeds=given.seeds,
+        only=tuple(given.only),
+        methods=tuple(given.methods),
+        jobs=given.jobs,
+        sae_tokens=given.sae_tokens,
+        sae_data=tuple(given.sae_data),
+    )
+    if not given.summary:
         run(options)
     write_summary(options.output)
     print(print(f"{options.output}: tables in RESULTS.md and results.json, pictures in figures/"))

@@ -15,7 +15,7 @@ from benchmarks.controllability.figures import front, picture
 from benchmarks.controllability.methods import DoesNotApply, Trial, conversations
 from benchmarks.controllability.pool import Cells, Corpus, Pool, Rows, cells_of, even, folded, generator, tied
 from benchmarks.controllability.run import Options
-from benchmarks.controllability.states import Activations, Workshop, copy_store, pre_activations
+from benchmarks.controllability.states import Activations, Workshop, copy_store, pre_activations, scrubbed_texts
 from benchmarks.controllability.summary import acceptance, summarize, units_of
 
 from helpers import make_sae
@@ -28,6 +28,7 @@ from selfreg import (
 )
 from selfreg.evaluation.metrics import worst_group_accuracy as its_worst_group_accuracy
 from selfreg.features.activations import largest_activations
+from selfreg.features.chat import Choice
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
@@ -383,6 +384,53 @@ def test_pairs_are_compared_side_by_side(sae: SAEForFeatureExtraction, store: Ac
         assert result["figures"]["test"]["f1"] is None
     with pytest.raises(DoesNotApply, match="balance"):
         trial.run("balanced")
+
+
+class SaysLengths:
+    """A chat model that finds long conversations likelier to be of the last option."""
+
+    def choose(self, conversations: Any, options: Any) -> list[Choice]:
+        shares = [min(len(turns[0]["content"]) / 2_000, 0.9) for turns in conversations]
+        return [
+            Choice(
+                options[-1],
+                dict(zip(options, [1 - share, *[share / (len(options) - 1)] * (len(options) - 1)], strict=True)),
+            )
+            for share in shares
+        ]
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+
+def test_methods_on_texts_are_measured_like_the_others(
+    options: Options, sae: SAEForFeatureExtraction, store: ActivationStore, texts: list[str]
+) -> None:
+    for name in ("tfidf", "zero_shot", "scrubbing"):
+        pytest.importorskip(f"selfreg.classifier.{name}")
+    shop = run.workshop(options)
+    shop.__dict__.update(chat=SaysLengths(), scrubbed=lambda pool: torch.zeros_like(store.pool("mean")).normal_())
+    activations = activations_of(sae, store)
+    trial = Trial(make_pool(texts), 0, sae, activations, UnintendedFeatures.from_ids(sae, [1, 2]), shop)
+    for method in ("tfidf", "zero_shot", "scrubbing"):
+        result = trial.run(method)
+        right = result["right"]["test"]
+        assert result["figures"]["test"]["accuracy"] == pytest.approx(right.count("1") / len(right))
+        assert (result["figures"]["test"]["unintended_use"] is None) == (method != "scrubbing")
+    again = Trial(make_pool(texts), 1, sae, activations, UnintendedFeatures.from_ids(sae, [1, 2]), shop)
+    with pytest.raises(DoesNotApply, match="asked once"):
+        again.run("zero_shot")
+
+
+def test_scrubbed_texts_hold_no_keyword_and_stay_pairs(texts: list[str]) -> None:
+    scrub = pytest.importorskip("selfreg.classifier.scrubbing").scrub
+    assert not any("fever" in text for text in scrubbed_texts(make_pool(texts), scrub))
+    reply = [[{"role": "assistant", "content": text}] for text in ("a fever", "a pain fever")]
+    pair = json.dumps({"prompt": "?", "chosen": reply[0], "rejected": reply[1]})
+    pool = make_pool([pair], task="preference", label=[0], group=[None], keywords=("fever", "pain"))
+    left = json.loads(scrubbed_texts(pool, scrub)[0])
+    assert left["chosen"] != left["rejected"]
+    assert left["chosen"][-1]["content"].strip() == left["rejected"][-1]["content"].strip() == "a"
 
 
 def test_folds_are_measured_together() -> None:

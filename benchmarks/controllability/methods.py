@@ -44,7 +44,7 @@ SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
 """Which features, and what differs from selfreg's defaults."""
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")
 METHODS = (*SELFREG, *BASELINES, "scrubbing", "tfidf", "zero_shot", "balanced")
-ZERO_SHOT_TEXTS = 200
+ZERO_SHOT_TEXTS = 100
 """Of each eval set, drawn once: a prompt costs as much as a hundred trainings of a head."""
 
 

@@ -90,7 +90,9 @@ def run(options: Options) -> None:
         corpora = {pools[name].corpus.name: name for name in options.only}
         _each(extract, [(options, name) for name in corpora.values()], options.jobs)
     with _stage("heads", options.output):
-        _each(run_pool, [(options, name) for name in options.only], options.jobs)
+        # The longest first, so that no process waits for another's last.
+        longest = sorted(options.only, key=lambda name: -len(pools[name].rows(0).train))
+        _each(run_pool, [(options, name) for name in longest], options.jobs)
 
 
 class _stage:

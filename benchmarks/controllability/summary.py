@@ -22,6 +22,8 @@ _KINDS = {
     "tie": "Ties resampled into real texts",
     "found": "Shifts as found",
 }
+REMARKS = Path(__file__).with_name("remarks.json")
+"""What a person found out of a result, by data set: a list of sentences that are printed under its table."""
 CUT = 10.0
 """How many times smaller unintended_use should become."""
 
@@ -62,7 +64,9 @@ def summarize(folder: Path) -> Results:
         choice: _spread([trial["features"][choice] for trial in trials.values()])
         for choice in ("attribute", "keywords", "random")
     }
-    result["train"] = _spread([trial["train"] for trial in trials.values()])
+    result |= {name: _spread([trial[name] for trial in trials.values()]) for name in ("train", "balanced")}
+    remarks = read_json(REMARKS) if REMARKS.exists() else {}
+    result["remarks"] = remarks.get(folder.name, [])
     result["does_not_apply"] = reasons
     result["acceptance"] = acceptance(result)
     return result
@@ -169,6 +173,7 @@ def markdown(results: Results) -> str:
             lines += [f"## {title}", ""]
         for name, part in parts.items():
             lines += [f"### {name}", "", *_about(part), "", *_table(part), ""]
+            lines += [line for remark in part["remarks"] for line in (remark, "")]
     return "\n".join(lines)
 
 
@@ -220,12 +225,13 @@ def _about(part: Results) -> list[str]:
         f"{round(number['mean'])} by {choice}" for choice, number in part["features"].items() if number is not None
     )
     folds = f", folds of {part['folds']}-fold cross-validations" if part["folds"] > 1 else ""
-    lines = [
-        f"{part['about']}.",
-        "",
-        f"{part['seeds']} seeds{folds}; {round(part['train']['mean']) if part['train'] else 0} training "
-        f"{'pairs' if part['task'] == 'preference' else 'texts'}; unintended features: {features}.",
-    ]
+    what = "pairs" if part["task"] == "preference" else "texts"
+    sizes = ", ".join(
+        f"{round(part[name]['mean'])} {title}{what}"
+        for name, title in (("train", "training "), ("balanced", "balanced "))
+        if part[name] is not None
+    )
+    lines = [f"{part['about']}.", "", f"{part['seeds']} seeds{folds}; {sizes}; unintended features: {features}."]
     lines += [f"`{method}` does not apply: {reason}." for method, reason in part["does_not_apply"].items()]
     return lines
 

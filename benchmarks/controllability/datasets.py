@@ -1,0 +1,73 @@
+"""The data sets by name, and how real texts are read: without duplicates, and no text in both train and test.
+
+A further one is a function that gives a `Pool`: add it to `DATASETS`.
+"""
+
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.controllability.pool import Pool
+
+
+def data_root() -> Path:
+    """Where the real data lies."""
+    root = Path(os.environ.get("SELFREG_DATA", "../shared/data"))
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no real data in {root}: set SELFREG_DATA to its folder")
+    return root
+
+
+@cache
+def _read(name: str, split: str) -> list[dict[str, Any]]:
+    with lzma.open(data_root() / name / f"{split}.jsonl.xz", "rt", encoding="utf8") as file:
+        return [json.loads(line) for line in file]
+
+
+def read(name: str, *splits: str, text: Callable[[dict[str, Any]], str] | None = None) -> list[dict[str, Any]]:
+    """Rows of splits, each with its `split`; of a text that comes again (whatever its case and spacing) the first.
+
+    Args:
+        name: folder of the data set.
+        splits: in the order in which they have precedence.
+        text: what tells that two rows are the same; the column `text` if None.
+    """
+    seen: set[str] = set()
+    rows = []
+    for split in splits:
+        for row in _read(name, split):
+            key = " ".join((text(row) if text else row["text"]).casefold().split())
+            if key and key not in seen:
+                seen.add(key)
+                rows.append({**row, "split": split})
+    return rows
+
+
+def where(rows: Iterable[dict[str, Any]], split: str) -> list[int]:
+    """The numbers of the rows of a split."""
+    return [i for i, row in enumerate(rows) if row["split"] == split]
+
+
+def _datasets() -> dict[str, Callable[[], Pool]]:
+    from benchmarks.controllability import found, tasks, ties
+
+    return {
+        "toxicchat": tasks.toxicchat,
+        "preferences": tasks.preferences,
+        "dxy": tasks.dxy,
+        "symptom2disease": tasks.symptom2disease,
+        "notes": ties.notes,
+        "reviews_domain": ties.reviews_domain,
+        "toxicchat_length": ties.toxicchat_length,
+        "cebab_service": ties.cebab_service,
+        "dxy_age": ties.dxy_age,
+        "davidson": found.davidson,
+        "cebab_edits": found.cebab_edits,
+    }
+
+
+DATASETS: dict[str, Callable[[], Pool]] = _datasets()

@@ -1,0 +1,110 @@
+"""Shifts as they were found, none made: toxic tweets that name a group of people or not, CEBaB's edited reviews."""
+
+import re
+
+from benchmarks.controllability.datasets import read, where
+from benchmarks.controllability.pool import Corpus, Pool, Rows, draw, even, generator
+from benchmarks.controllability.ties import SERVICE_WORDS, known, restaurants
+
+IDENTITY_WORDS = (
+    *("white", "whites", "black", "blacks", "asian", "asians", "mexican", "mexicans", "latino", "latina", "hispanic"),
+    *("jew", "jews", "jewish", "muslim", "muslims", "islam", "islamic", "christian", "christians", "arab", "arabs"),
+    *("indian", "chinese", "african", "immigrant", "immigrants", "gay", "gays", "lesbian", "lesbians", "trans"),
+    *("woman", "women", "girl", "girls", "female", "females", "lady", "ladies"),
+)
+"""Names of groups, and no slurs: a slur is a legitimate reason for the label."""
+SURROUNDINGS_WORDS = (
+    *("atmosphere", "ambiance", "ambience", "decor", "music", "noise", "noisy", "loud", "quiet", "crowded", "cozy"),
+    *("romantic", "view", "patio", "clean", "dirty", "tables", "seating", "place", "room"),
+)
+
+
+def davidson() -> Pool:
+    rows = read("davidson", "train", "test")
+    rows = [row for row in rows if re.search(r"\w", row["text"])]
+    mention = re.compile(r"(?<!\w)(?:" + "|".join(IDENTITY_WORDS) + r")(?!\w)", re.IGNORECASE)
+    for row in rows:
+        row["mentions"] = "identity" if mention.search(row["text"]) else "none"
+        row["toxic"] = int(row["label"] != "neither")
+    rng = generator("davidson", 0)
+    kept: list[int] = []
+    # Harmless tweets that mention an identity are rare: all of them, or there is nothing to measure on.
+    for split, counts in (("train", (700, 900, 500)), ("test", (300, 400, 250))):
+        cells: dict[tuple[int, str], list[int]] = {}
+        for i in where(rows, split):
+            cells.setdefault((rows[i]["toxic"], rows[i]["mentions"]), []).append(i)
+        kept += cells[0, "identity"]
+        for cell, count in zip(((0, "none"), (1, "none"), (1, "identity")), counts, strict=True):
+            kept += draw(rng, cells[cell], min(count, len(cells[cell])), f"davidson, {split}, {cell}")
+    rows = [rows[i] for i in sorted(kept)]
+    train, test = where(rows, "train"), where(rows, "test")
+
+    def of_seed(seed: int) -> Rows:
+        rng = generator("davidson", seed)
+        own = draw(rng, train, int(0.8 * len(train)), "davidson")
+        return Rows(
+            own,
+            {"test": test, "even": even(pool.cells(test), len(test), rng)},
+            even(pool.cells(train), len(own), rng),
+        )
+
+    pool = Pool(
+        "davidson",
+        "Davidson's tweets, offensive or hateful against neither (drawn to be nearly as many); unintended: the tweet "
+        "names a group of people. `even`: as many of every (label, names a group or not) cell",
+        Corpus("davidson", [row["text"] for row in rows], max_length=64),
+        ["harmless", "toxic"],
+        [row["toxic"] for row in rows],
+        [row["mentions"] for row in rows],
+        IDENTITY_WORDS,
+        train,
+        of_seed,
+        "Is the tweet offensive or hateful?",
+        kind="found",
+    )
+    return pool
+
+
+def cebab_edits() -> Pool:
+    """What is said of the food; an edit of service, ambience or noise must not change the verdict on it."""
+    corpus, rows = restaurants()
+    names = ["Negative", "Positive"]
+    label = [names.index(food) if (food := known(row["food_aspect"])) else -1 for row in rows]
+    group = [known(row["service_aspect"]) if y >= 0 else None for row, y in zip(rows, label, strict=True)]
+    originals = {row["original_id"]: i for i, row in enumerate(rows) if row["is_original"]}
+    partner = [None if row["is_original"] else originals.get(row["original_id"]) for row in rows]
+    with_food = [i for i, y in enumerate(label) if y >= 0]
+    learned = [i for i in with_food if rows[i]["split"] != "test"]
+    train = [i for i in learned if rows[i]["is_original"]]
+    tests = [i for i in with_food if rows[i]["split"] == "test"]
+    test = [i for i in tests if rows[i]["is_original"]]
+    edits = [
+        i
+        for i in tests
+        if rows[i]["edit_type"] in ("service", "ambiance", "noise")
+        and partner[i] is not None
+        and label[partner[i]] == label[i]  # type: ignore[index]
+    ]
+
+    def of_seed(seed: int) -> Rows:
+        rng = generator("cebab_edits", seed)
+        own = draw(rng, train, int(0.9 * len(train)), "cebab_edits")
+        return Rows(own, {"test": test, "edits": edits}, even(pool.cells(learned), len(own), rng))
+
+    pool = Pool(
+        "cebab_edits",
+        "CEBaB, is the food good; trained on original reviews, where food and service go together; `edits`: reviews "
+        "whose service, ambience or noise was rewritten and whose food was not: the verdict must stay. Unintended: "
+        "what is said of the service. The balanced set has edited reviews too",
+        corpus,
+        ["the food is bad", "the food is good"],
+        label,
+        group,
+        (*SERVICE_WORDS, *SURROUNDINGS_WORDS),
+        train,
+        of_seed,
+        "Does the review say that the food is good or bad? Nothing but the food counts.",
+        kind="found",
+        partner=partner,
+    )
+    return pool

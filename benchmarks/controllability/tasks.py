@@ -1,0 +1,234 @@
+"""The three tasks as they are: toxic chat detection, reward modelling, disease diagnosis; no tie is made.
+
+What is unintended there: the length of a prompt and the boilerplate of jailbreaks (long prompts need be no attack);
+that the longer reply is the better one; the patient's gender and age; how somebody says how long he has been ill.
+"""
+
+import json
+import re
+from typing import Any
+
+from benchmarks.controllability.datasets import read, where
+from benchmarks.controllability.pool import Corpus, Pool, Rows, draw, even, folded, generator
+
+from selfreg.activations.conversation import CHAT
+from selfreg.demo.recipe import KEYWORDS as GENDER_WORDS
+
+FOLDS = 5
+LONG = 100
+"""Characters of a long prompt: three fifths of the toxic ones are, and under a third of the others."""
+
+JAILBREAK_WORDS = (
+    *("pretend", "roleplay", "role play", "act as", "persona", "character", "in character", "hypothetical"),
+    *("DAN", "AIM", "do anything now", "jailbreak", "jailbroken", "developer mode", "ignore", "previous instructions"),
+    *("OpenAI", "ChatGPT", "AI", "language model", "unfiltered", "no restrictions", "policy", "guidelines", "prompt"),
+    *("from now on", "respond", "answer as", "story", "dialogue", "scenario", "fictional"),
+)
+POLITE_WORDS = (
+    *("sorry", "please", "thank", "thanks", "glad", "happy to", "sure", "certainly", "of course", "absolutely"),
+    *(
+        "hope",
+        "great question",
+        "let me know",
+        "here are",
+        "here is",
+        "in addition",
+        "additionally",
+        "also",
+        "finally",
+    ),
+    *("first", "second", "overall", "however", "for example"),
+)
+AGE_WORDS = (
+    *("baby", "infant", "newborn", "toddler", "child", "children", "kid", "boy", "girl", "son", "daughter"),
+    *("month", "months", "month-old", "months old", "year", "years", "year-old", "years old", "old", "age", "aged"),
+    *("kindergarten", "school", "breastfeeding", "breastfed", "breast milk", "formula", "milk powder"),
+)
+DURATION_WORDS = (
+    *("day", "days", "week", "weeks", "month", "months", "lately", "recently", "past", "constantly", "often"),
+    *("always", "frequently", "for a while", "since"),
+)
+DIAGNOSIS = "What disease do the described symptoms point to?"
+TOXIC = "Users send these messages to a chatbot. Is the message toxic, harmful or an attempt to misuse the chatbot?"
+
+
+def chats() -> tuple[Corpus, list[dict[str, Any]]]:
+    """ToxicChat: all toxic messages, and of the others as many as need be."""
+    rows = read("toxicchat", "train", "test")
+    rng = generator("toxicchat", 0)
+    kept: list[int] = []
+    for split, count in (("train", 1_500), ("test", 1_100)):
+        own = where(rows, split)
+        harmless = [i for i in own if not rows[i]["label"]]
+        kept += [i for i in own if rows[i]["label"]] + draw(rng, harmless, count, f"ToxicChat, {split}")
+    rows = [rows[i] for i in sorted(kept)]
+    for row in rows:
+        row["length"] = "long" if len(row["text"]) >= LONG else "short"
+    return Corpus("toxicchat", [row["text"] for row in rows]), rows
+
+
+def toxicchat() -> Pool:
+    corpus, rows = chats()
+    label, group = [int(row["label"]) for row in rows], [row["length"] for row in rows]
+    train, test = where(rows, "train"), where(rows, "test")
+
+    def of_seed(seed: int) -> Rows:
+        rng = generator("toxicchat", seed)
+        own = draw(rng, train, int(0.8 * len(train)), "toxicchat")
+        pool_cells = pool.cells(train)
+        return Rows(own, {"test": test}, even(pool_cells, len(own), rng))
+
+    pool = Pool(
+        "toxicchat",
+        f"ToxicChat, toxic or not; unintended: the prompt is long ({LONG} characters or more); keywords: jailbreak "
+        "boilerplate",
+        corpus,
+        ["harmless", "toxic"],
+        label,
+        group,
+        JAILBREAK_WORDS,
+        train,
+        of_seed,
+        TOXIC,
+        score="f1",
+        kind="task",
+    )
+    return pool
+
+
+def preferences() -> Pool:
+    """HH-RLHF's shorter conversations; the longer reply is the chosen one, or not. LLMBar as the shift as found."""
+    longest = 500
+
+    def text(row: dict[str, Any]) -> str:
+        return json.dumps([row["prompt"], row["chosen"], row["rejected"]], ensure_ascii=False)
+
+    splits = ("llmbar_adversarial", "llmbar_natural", "test", "train")
+    rows = [row for row in read("preferences", *splits, text=text) if _usable(row)]
+    rng = generator("preferences", 0)
+    parts = {name: where(rows, name) for name in splits}
+    for name, count in (("train", 1_000), ("test", 400)):
+        short = [i for i in parts[name] if _characters(rows[i]) <= longest]
+        parts[name] = sorted(draw(rng, short, count, f"preferences, {name}"))
+    rows, parts = _keep(rows, parts)
+    group = [
+        "longer is chosen" if _reply(row, "chosen") > _reply(row, "rejected") else "shorter is chosen" for row in rows
+    ]
+    texts = [
+        json.dumps({key: row[key] for key in ("prompt", "chosen", "rejected")}, ensure_ascii=False) for row in rows
+    ]
+
+    def of_seed(seed: int) -> Rows:
+        rng = generator("preferences", seed)
+        own = draw(rng, parts["train"], int(0.8 * len(parts["train"])), "preferences")
+        evals = {name: parts[name] for name in ("test", "llmbar_natural", "llmbar_adversarial")}
+        return Rows(own, evals, even(pool.cells(parts["train"]), len(own), rng))
+
+    pool = Pool(
+        "preferences",
+        "HH-RLHF, which reply people chose; unintended: the longer reply is the chosen one; keywords: polite and "
+        "structuring boilerplate. LLMBar's adversarial pairs are the shift as found",
+        Corpus("preferences", texts, max_length=192, template=CHAT),
+        [],
+        [0] * len(rows),
+        group,
+        POLITE_WORDS,
+        parts["train"],
+        of_seed,
+        "A good reply is helpful, honest and harmless, and does what it was asked to do.",
+        task="preference",
+        kind="task",
+    )
+    return pool
+
+
+def _usable(row: dict[str, Any]) -> bool:
+    chosen, rejected = (row[side][-1]["content"].strip() for side in ("chosen", "rejected"))
+    return bool(chosen and rejected and chosen != rejected)
+
+
+def _reply(row: dict[str, Any], side: str) -> int:
+    return len(row[side][-1]["content"])
+
+
+def _characters(row: dict[str, Any]) -> int:
+    return sum(len(message["content"]) for message in row["prompt"]) + max(
+        _reply(row, s) for s in ("chosen", "rejected")
+    )
+
+
+def _keep(
+    rows: list[dict[str, Any]], parts: dict[str, list[int]]
+) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
+    """Only the rows that some part has, and their new numbers."""
+    kept = sorted({i for part in parts.values() for i in part})
+    number = {old: new for new, old in enumerate(kept)}
+    return [rows[i] for i in kept], {name: [number[i] for i in part] for name, part in parts.items()}
+
+
+def dialogues() -> tuple[Corpus, list[dict[str, Any]]]:
+    """dxy in English."""
+    rows = read("diagnosis", "dxy")
+    return Corpus("dxy", [row["text"] for row in rows], max_length=192), rows
+
+
+def ids_of(names: list[str]) -> tuple[list[str], list[int]]:
+    """Names of the labels, and the class id of each."""
+    known = sorted(set(names))
+    return known, [known.index(name) for name in names]
+
+
+def dxy() -> Pool:
+    corpus, rows = dialogues()
+    labels, label = ids_of([row["label"] for row in rows])
+    everything = list(range(len(rows)))
+
+    def of_seed(seed: int) -> Rows:
+        train, test = folded(everything, label, FOLDS, seed)
+        return Rows(train, {"test": test}, even(pool.cells(train), len(train), generator("dxy", seed)))
+
+    pool = Pool(
+        "dxy",
+        "dxy, five diseases, cross-validated; unintended: the patient's gender (a guess by rule); keywords: words of "
+        "gender and age",
+        corpus,
+        labels,
+        label,
+        [row["gender"] for row in rows],
+        (*GENDER_WORDS, *AGE_WORDS),
+        everything,
+        of_seed,
+        DIAGNOSIS,
+        folds=FOLDS,
+        kind="task",
+    )
+    return pool
+
+
+def symptom2disease() -> Pool:
+    rows = read("diagnosis", "symptom2disease")
+    labels, label = ids_of([row["label"] for row in rows])
+    said = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, DURATION_WORDS)) + r")(?!\w)", re.IGNORECASE)
+    group = ["says since when" if said.search(row["text"]) else "does not" for row in rows]
+    everything = list(range(len(rows)))
+
+    def of_seed(seed: int) -> Rows:
+        train, test = folded(everything, label, FOLDS, seed)
+        # Two diseases' texts never say since when: there is nothing to balance them with.
+        return Rows(train, {"test": test})
+
+    return Pool(
+        "symptom2disease",
+        "Symptom2Disease, 24 diseases, cross-validated; unintended: the text says since when or how often (found by "
+        "the keywords)",
+        Corpus("symptom2disease", [row["text"] for row in rows]),
+        labels,
+        label,
+        group,
+        DURATION_WORDS,
+        everything,
+        of_seed,
+        DIAGNOSIS,
+        folds=FOLDS,
+        kind="task",
+    )

@@ -1,0 +1,258 @@
+"""Ties made on purpose, by drawing texts: 95 % of each label from one group in training, the reverse in testing.
+
+`test` has the tie of the training set, `shifted` the reverse, `even` all (label, group) cells alike: worst groups are
+read off there, because in the others the cells against the tie are small.
+"""
+
+from typing import Any
+
+from benchmarks.controllability.datasets import read, where
+from benchmarks.controllability.pool import TIE, Corpus, Pool, Rows, draw, even, folded, generator, tied
+from benchmarks.controllability.tasks import (
+    AGE_WORDS,
+    DIAGNOSIS,
+    FOLDS,
+    JAILBREAK_WORDS,
+    TOXIC,
+    chats,
+    dialogues,
+    ids_of,
+)
+
+from selfreg.demo.notes import generate_notes
+from selfreg.demo.phrases import USUAL_GENDER
+from selfreg.demo.recipe import KEYWORDS as GENDER_WORDS
+
+MEDIA = ("MR", "imdb", "books", "dvd", "video", "music")
+GOODS = ("electronics", "kitchen_housewares", "camera_photo", "apparel", "health_personal_care", "sports_outdoors")
+DOMAIN_WORDS = (
+    *("book", "books", "author", "novel", "story", "read", "reading", "film", "films", "movie", "movies", "dvd"),
+    *("watch", "watching", "album", "cd", "song", "songs", "music", "band", "actor", "actors", "acting", "plot"),
+    *("character", "characters", "director", "scene", "scenes", "ending", "video", "series", "episode", "comedy"),
+    *("product", "camera", "battery", "batteries", "phone", "kitchen", "pan", "knife", "coffee", "machine", "unit"),
+    *("size", "fit", "wear", "shoes", "shirt", "skin", "hair", "lens", "bag", "price", "bought", "purchased", "item"),
+)
+RATINGS = {"1": 0, "2": 0, "4": 1, "5": 1}
+"""Of a review; what is between or has no majority is left out."""
+SERVICE_WORDS = (
+    *("service", "server", "servers", "waiter", "waiters", "waitress", "waitresses", "staff", "hostess", "host"),
+    *("bartender", "manager", "attentive", "rude", "friendly", "prompt", "courteous", "helpful", "waited", "seated"),
+    *("polite", "attitude", "served", "waitstaff", "accommodating", "ignored"),
+)
+
+
+def tied_pool(
+    name: str,
+    about: str,
+    corpus: Corpus,
+    labels: list[str],
+    label: list[int],
+    group: list[Any],
+    tie: dict[int, Any],
+    train: list[int],
+    test: list[int],
+    size: int,
+    eval_size: int,
+    **others: Any,
+) -> Pool:
+    """A pool with two groups whose rows follow `tie`, label -> group, in training.
+
+    Args:
+        name, about, corpus, labels, label, group, others: of the `Pool`.
+        tie: label -> group.
+        train, test: rows to draw from.
+        size, eval_size: texts of the training set, and of each eval set.
+    """
+    names = sorted(set(tie.values()), key=str)
+    if len(names) != 2:
+        raise ValueError(f"{name}: a tie needs two groups, got {names}")
+    reverse = {y: names[1 - names.index(own)] for y, own in tie.items()}
+
+    def of_seed(seed: int) -> Rows:
+        rng = generator(name, seed)
+        from_train, from_test = pool.cells(train), pool.cells(test)
+        return Rows(
+            tied(from_train, tie, size, rng),
+            {
+                "test": tied(from_test, tie, eval_size, rng),
+                "shifted": tied(from_test, reverse, eval_size, rng),
+                "even": even(from_test, len(test), rng),
+            },
+            even(from_train, size, rng),
+        )
+
+    pool = Pool(name, about, corpus, labels, label, group, pool=train, rows=of_seed, **others)
+    return pool
+
+
+def notes() -> Pool:
+    """The demo's planted shift, on notes that chose nothing of the method's settings."""
+    rows = [{**row, "split": "train"} for row in generate_notes("train", seed=20, num_notes=1_600, tie=0.5)]
+    rows += [{**row, "split": "test"} for row in generate_notes("test", seed=20, num_notes=800, tie=0.5)]
+    labels, label = ids_of([row["label"] for row in rows])
+    return tied_pool(
+        "notes",
+        "the demo's clinical notes, four diagnoses; the diagnosis tied to the patient's gender",
+        Corpus("notes", [row["text"] for row in rows]),
+        labels,
+        label,
+        [row["gender"] for row in rows],
+        {labels.index(name): gender for name, gender in USUAL_GENDER.items()},
+        where(rows, "train"),
+        where(rows, "test"),
+        800,
+        400,
+        keywords=GENDER_WORDS,
+        instruction=DIAGNOSIS,
+        kind="planted",
+    )
+
+
+def reviews_domain() -> Pool:
+    rng = generator("reviews", 0)
+    rows = []
+    for row in read("reviews", "train", "test"):
+        area = "media" if row["domain"] in MEDIA else "goods" if row["domain"] in GOODS else None
+        if area is not None:
+            rows.append({**row, "area": area})
+    kept = []
+    # Of the cells that the tie draws on in training, more.
+    for split, wanted in (("train", (500, 280)), ("test", (240, 240))):
+        for y, area in ((1, "media"), (0, "goods"), (1, "goods"), (0, "media")):
+            cell = [i for i in where(rows, split) if (rows[i]["label"], rows[i]["area"]) == (y, area)]
+            follows = (y == 1) == (area == "media")
+            kept += draw(rng, cell, wanted[0 if follows else 1], f"reviews, {split}, {y}, {area}")
+    rows = [rows[i] for i in sorted(kept)]
+    return tied_pool(
+        "reviews_domain",
+        "product and film reviews; the sentiment tied to the domain (books, films and music positive, goods negative)",
+        Corpus("reviews", [row["text"] for row in rows]),
+        ["negative", "positive"],
+        [row["label"] for row in rows],
+        [row["area"] for row in rows],
+        {1: "media", 0: "goods"},
+        where(rows, "train"),
+        where(rows, "test"),
+        1_000,
+        480,
+        keywords=DOMAIN_WORDS,
+        instruction="Is the review of a product, book or film positive or negative?",
+    )
+
+
+def toxicchat_length() -> Pool:
+    corpus, rows = chats()
+    label, group = [int(row["label"]) for row in rows], [row["length"] for row in rows]
+    # Toxic short prompts are few: both splits are dealt anew, three fifths of every cell to train on.
+    rng = generator("toxicchat_length", 0)
+    train, test = [], []
+    for y in (0, 1):
+        for length in ("long", "short"):
+            cell = [i for i in range(len(rows)) if (label[i], group[i]) == (y, length)]
+            cell = draw(rng, cell, len(cell) if y else min(len(cell), 450), "toxicchat_length")
+            border = int(0.6 * len(cell))
+            train += cell[:border]
+            test += cell[border:]
+    return tied_pool(
+        "toxicchat_length",
+        "ToxicChat, toxic tied to long prompts; keywords (jailbreak boilerplate) do not name the length",
+        corpus,
+        ["harmless", "toxic"],
+        label,
+        group,
+        {1: "long", 0: "short"},
+        sorted(train),
+        sorted(test),
+        500,
+        200,
+        keywords=JAILBREAK_WORDS,
+        instruction=TOXIC,
+    )
+
+
+def restaurants() -> tuple[Corpus, list[dict[str, Any]]]:
+    """CEBaB; rows of one original review stay together, in the split that its authors gave them."""
+    rows = [row for row in read("cebab", "train", "dev", "test") if _of_use(row)]
+    return Corpus("cebab", [row["text"] for row in rows], max_length=96), rows
+
+
+def _of_use(row: dict[str, Any]) -> bool:
+    """Whether one of the two data sets has a use for a review: others need not be run through the backbone."""
+    rated, food, service = row["label"] in RATINGS, known(row["food_aspect"]), known(row["service_aspect"])
+    return bool((rated and service) or (food and (row["is_original"] or service or row["split"] == "test")))
+
+
+def known(value: str) -> str | None:
+    """An aspect's sentiment; None where there is none, or no majority for one."""
+    return value if value in ("Positive", "Negative") else None
+
+
+def cebab_service() -> Pool:
+    corpus, rows = restaurants()
+    label = [RATINGS.get(row["label"], -1) for row in rows]
+    group = [known(row["service_aspect"]) if y >= 0 else None for row, y in zip(rows, label, strict=True)]
+    return tied_pool(
+        "cebab_service",
+        "CEBaB, rating 4 or 5 against 1 or 2 (3 and no majority left out); the rating tied to what is said of the "
+        "service",
+        corpus,
+        ["bad", "good"],
+        label,
+        group,
+        {1: "Positive", 0: "Negative"},
+        [i for i in (*where(rows, "train"), *where(rows, "dev")) if group[i] is not None],
+        [i for i in where(rows, "test") if group[i] is not None],
+        600,
+        100,
+        keywords=SERVICE_WORDS,
+        instruction="How does the review rate the restaurant as a whole?",
+    )
+
+
+def dxy_age() -> Pool:
+    corpus, rows = dialogues()
+    labels, label = ids_of([row["label"] for row in rows])
+    group = [row["age_group"] if row["age_group"] in ("infant", "child") else None for row in rows]
+    usual = {
+        "Pediatric Diarrhea": "infant",
+        "URTI": "infant",
+        "HFMD": "infant",
+        "Pneumonia": "child",
+        "Allergic sinusitis": "child",
+    }
+    tie = {labels.index(name): age for name, age in usual.items()}
+    of_known_age = [i for i in range(len(rows)) if group[i] is not None]
+
+    def of_seed(seed: int) -> Rows:
+        rng = generator("dxy_age", seed)
+        strata = [f"{y} {age}" for y, age in zip(label, group, strict=True)]
+        train, test = folded(of_known_age, strata, FOLDS, seed)
+        cells = pool.cells(train)
+        size = min(len(cells[label_age]) for label_age in tie.items())
+        follows = {row: tie[label[row]] == group[row] for row in test}
+        own = tied(cells, tie, round(size / TIE) * len(tie), rng)
+        return Rows(
+            own,
+            {
+                "test": [row for row in test if follows[row]],
+                "shifted": [row for row in test if not follows[row]],
+                "even": test,
+            },
+            even(cells, len(own), rng),
+        )
+
+    pool = Pool(
+        "dxy_age",
+        "dxy, five diseases tied to the patient's age group (infant or child), cross-validated; all texts of a fold "
+        "that follow the tie are `test`, all that do not `shifted`, both `even`",
+        corpus,
+        labels,
+        label,
+        group,
+        AGE_WORDS,
+        of_known_age,
+        of_seed,
+        DIAGNOSIS,
+        folds=FOLDS,
+    )
+    return pool

@@ -1,0 +1,487 @@
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.controllability import datasets, run
+from benchmarks.controllability.bootstrap import Unit, compare, f1, value, worst_group_accuracy
+from benchmarks.controllability.datasets import DATASETS
+from benchmarks.controllability.figures import front, picture
+from benchmarks.controllability.methods import DoesNotApply, Trial, conversations
+from benchmarks.controllability.pool import Cells, Corpus, Pool, Rows, cells_of, even, folded, generator, tied
+from benchmarks.controllability.run import Options
+from benchmarks.controllability.states import Activations, Workshop, copy_store, pre_activations, scrubbed_texts
+from benchmarks.controllability.summary import acceptance, summarize, units_of
+
+from helpers import make_sae
+from selfreg import (
+    ActivationStore,
+    HiddenStateExtractor,
+    RegularizedSequenceClassifier,
+    SAEForFeatureExtraction,
+    UnintendedFeatures,
+)
+from selfreg.evaluation.metrics import worst_group_accuracy as its_worst_group_accuracy
+from selfreg.features.activations import largest_activations
+from selfreg.features.chat import Choice
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def make_cells() -> Cells:
+    labels = [row % 2 for row in range(400)]
+    groups = [None if row % 50 == 0 else "ab"[row // 2 % 2] for row in range(400)]
+    return cells_of(labels, groups, range(400))
+
+
+def test_a_tie_is_as_strong_as_it_says() -> None:
+    cells = make_cells()
+    of_row = {row: cell for cell, rows in cells.items() for row in rows}
+    rows = tied(cells, {0: "a", 1: "b"}, 160, generator("test", 0))
+    counts = Counter(of_row[row] for row in rows)
+    assert counts == {(0, "a"): 76, (0, "b"): 4, (1, "b"): 76, (1, "a"): 4}
+    assert len(set(rows)) == 160
+    assert rows == tied(cells, {0: "a", 1: "b"}, 160, generator("test", 0))
+    assert rows != tied(cells, {0: "a", 1: "b"}, 160, generator("test", 1))
+
+
+def test_a_tie_that_the_pool_cannot_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"label 0, group 'a': 190 texts are wanted, and there are"):
+        tied(make_cells(), {0: "a", 1: "b"}, 400, generator("test", 0))
+
+
+def test_even_rows_leave_label_and_group_independent() -> None:
+    cells = make_cells()
+    cells[0, "b"] = cells[0, "b"][:7]
+    of_row = {row: cell for cell, rows in cells.items() for row in rows}
+    counts = Counter(of_row[row] for row in even(cells, 80, generator("test", 0)))
+    assert counts == {(0, "a"): 7, (0, "b"): 7, (1, "a"): 20, (1, "b"): 20}
+    del cells[0, "b"]
+    with pytest.raises(ValueError, match="label 0 has no text of group 'b'"):
+        even(cells, 80, generator("test", 0))
+
+
+def test_folds_of_a_repeat_hold_every_row_once() -> None:
+    rows, strata = list(range(10, 60)), [row % 3 for row in range(60)]
+    first = [folded(rows, strata, 5, seed) for seed in range(5)]
+    assert sorted(row for _, test in first for row in test) == rows
+    assert all(set(train) | set(test) == set(rows) and not set(train) & set(test) for train, test in first)
+    assert folded(rows, strata, 5, 5)[1] != first[0][1]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_no_text_of_a_data_set_is_both_trained_on_and_measured(
+    name: str, data_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFREG_DATA", str(data_path("README.md").parent))
+    datasets._read.cache_clear()
+    pool = DATASETS[name]()
+    texts = [" ".join(text.casefold().split()) for text in pool.corpus.texts]
+    assert len(set(texts)) == len(texts)
+    rows = pool.rows(1)
+    measured = {row for own in rows.evals.values() for row in own}
+    assert "test" in rows.evals
+    assert set(rows.train) <= set(pool.pool)
+    assert not measured & {*rows.train, *(rows.balanced or [])}
+    assert all(pool.label[row] >= 0 for row in (*measured, *rows.train, *(rows.balanced or [])))
+    if "shifted" in rows.evals and pool.folds == 1:
+        with_tie, reverse = (
+            Counter((pool.label[r], pool.group[r]) for r in own) for own in (rows.train, rows.evals["shifted"])
+        )
+        largest = {
+            y: max((with_tie[cell], cell) for cell in with_tie if cell[0] == y)[1] for y in set(pool.label) - {-1}
+        }
+        assert all(with_tie[cell] >= 0.94 * len(rows.train) / len(largest) for cell in largest.values())
+        assert sum(reverse[cell] for cell in largest.values()) <= 0.06 * len(rows.evals["shifted"])
+
+
+def test_texts_that_come_again_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {"train": ["A  b", "c", "a B", ""], "test": ["C", "d"]}
+    monkeypatch.setattr(datasets, "_read", lambda name, split: [{"text": text} for text in splits[split]])
+    rows = datasets.read("any", "train", "test")
+    assert [(row["text"], row["split"]) for row in rows] == [("A  b", "train"), ("c", "train"), ("d", "test")]
+    assert datasets.where(rows, "test") == [2]
+
+
+# --- Bootstrap -------------------------------------------------------------------------------------------------------
+
+
+def make_unit(seed: int, gain: float = 0.0, n: int = 400) -> Unit:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    groups = ["ab"[i // 2 % 2] for i in range(n)]
+    reference = rng.random(n) < 0.7
+    right = np.where(rng.random(n) < gain, True, reference)
+    return Unit(np.arange(n), labels, groups, right, reference)
+
+
+def test_figures_are_those_of_the_package() -> None:
+    from sklearn.metrics import f1_score
+
+    unit = make_unit(0)
+    ones = np.ones((1, 400))
+    predicted = np.where(unit.right, unit.labels, 1 - unit.labels)
+    assert f1(unit, unit.right, ones)[0] == pytest.approx(f1_score(unit.labels, predicted))
+    assert worst_group_accuracy(unit, unit.right, ones)[0] == its_worst_group_accuracy(
+        predicted, unit.labels, unit.groups
+    )
+    assert value(replace(unit, groups=[None] * 400), "worst_group_accuracy") is None
+
+
+def test_the_interval_is_that_of_the_mean_of_paired_differences() -> None:
+    unit = make_unit(1, gain=0.3)
+    found = compare([unit], "accuracy", resamples=4_000)
+    paired = unit.right.astype(float) - unit.reference
+    error = paired.std() / np.sqrt(len(paired))
+    assert found is not None
+    assert found.difference == pytest.approx(paired.mean())
+    assert found.low == pytest.approx(paired.mean() - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(paired.mean() + 1.96 * error, abs=0.1 * error)
+    assert found.reference_error == pytest.approx(unit.reference.std() / np.sqrt(400), rel=0.05)
+
+
+def test_seeds_with_the_same_texts_are_not_taken_for_more_texts() -> None:
+    unit = make_unit(2, gain=0.2)
+    one, many = (compare([unit] * count, "accuracy", resamples=4_000) for count in (1, 20))
+    assert one is not None
+    assert many is not None
+    assert many.high - many.low == pytest.approx(one.high - one.low, rel=0.1)
+
+
+def test_equal_methods_do_not_differ_and_covering_is_as_said() -> None:
+    same = make_unit(3)
+    found = compare([same], "worst_group_accuracy")
+    assert found is not None
+    assert (found.difference, found.low, found.high) == (0.0, 0.0, 0.0)
+    covered = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        right, reference = rng.random(200) < 0.8, rng.random(200) < 0.7
+        own = compare([replace(make_unit(0, n=200), right=right, reference=reference)], "accuracy", resamples=400)
+        assert own is not None
+        covered += own.low <= 0.1 <= own.high
+    assert 88 <= covered <= 99
+
+
+# --- States ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sae(extractor: HiddenStateExtractor) -> SAEForFeatureExtraction:
+    return make_sae(extractor)
+
+
+@pytest.fixture
+def store(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> ActivationStore:
+    return extractor.extract(texts, tmp_path / "store", shard_tokens=200)
+
+
+def activations_of(sae: SAEForFeatureExtraction, store: ActivationStore) -> Activations:
+    return Activations(store.pool("mean"), *pre_activations(sae, store), largest_activations(sae, store))
+
+
+class FakeWorkshop(Workshop):
+    """Of a tiny backbone."""
+
+    def __init__(self, folder: Path, sae: SAEForFeatureExtraction, store: ActivationStore) -> None:
+        super().__init__(folder)
+        self.its_sae, self.its_store = sae, store
+
+    def sae(self, pools: Any) -> SAEForFeatureExtraction:
+        return self.its_sae
+
+    def store(self, corpus: Corpus) -> ActivationStore:
+        return self.its_store
+
+    def keyword_features(self, pool: Pool, sae: SAEForFeatureExtraction) -> UnintendedFeatures:
+        return UnintendedFeatures.from_ids(sae, [1, 2])
+
+    def activations(self, corpus: Corpus, sae: SAEForFeatureExtraction) -> Activations:
+        return activations_of(sae, self.its_store)
+
+
+def make_pool(texts: list[str], **changes: Any) -> Pool:
+    label = [int("fever" in text or "pain" in text) for text in texts]
+    group = ["long" if len(text.split()) > 9 else "short" for text in texts]
+
+    def rows(seed: int) -> Rows:
+        order = generator("pool", seed).permutation(len(texts)).tolist()
+        return Rows(order[:40], {"test": order[40:]}, order[:20])
+
+    pool = Pool(
+        "tiny", "tiny", Corpus("tiny", texts), ["well", "ill"], label, group, ("fever",), list(range(60)), rows, "Ill?"
+    )
+    return replace(pool, **changes)
+
+
+def test_states_without_features_are_those_of_the_classifier(
+    extractor: HiddenStateExtractor,
+    sae: SAEForFeatureExtraction,
+    store: ActivationStore,
+    texts: list[str],
+    tmp_path: Path,
+) -> None:
+    unintended = UnintendedFeatures.from_ids(sae, [3, 7, 11])
+    model = RegularizedSequenceClassifier.from_backbone(extractor, sae, unintended, num_labels=2)
+    pool = make_pool(texts)
+    its = model.pooled_states(store, pool.label)
+    shop = FakeWorkshop(tmp_path, sae, store)
+    trial = Trial(pool, 0, sae, activations_of(sae, store), UnintendedFeatures.from_ids(sae, [1]), shop)
+    ours = trial.states(list(range(60)), unintended, unintended)
+    torch.testing.assert_close(ours.pooled, its.pooled, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.activations, its.activations, atol=1e-4, rtol=1e-4)
+    assert torch.equal(ours.labels, its.labels)
+    raw = trial.states([4, 2], unintended, None)
+    torch.testing.assert_close(raw.pooled, store.pool("mean")[[4, 2]])
+    assert raw.removed is False
+
+
+def test_a_part_of_a_store_holds_the_same_states(
+    extractor: HiddenStateExtractor, store: ActivationStore, texts: list[str], tmp_path: Path
+) -> None:
+    rows = [0, 3, 17, 40, 59]
+    prompts = [texts[row] for row in rows]
+    copy_store(store, rows, tmp_path / "part", prompts)
+    part = ActivationStore(tmp_path / "part")
+    whole = extractor.extract(prompts, tmp_path / "whole")
+    assert part.text_fingerprint == whole.text_fingerprint
+    for ours, its in zip(_columns(part), _columns(whole), strict=True):
+        torch.testing.assert_close(ours, its, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="sort the training pool"):
+        copy_store(store, [3, 0], tmp_path / "other", prompts[:2])
+
+
+def _columns(store: ActivationStore) -> list[torch.Tensor]:
+    shards = list(store.shards())
+    return [
+        torch.cat([getattr(shard, name).float() for shard in shards])
+        for name in ("hidden_states", "text_ids", "positions", "token_ids")
+    ]
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options(
+    sae: SAEForFeatureExtraction,
+    store: ActivationStore,
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Options:
+    shop = FakeWorkshop(tmp_path, sae, store)
+    monkeypatch.setattr(run, "workshop", lambda options: shop)
+    monkeypatch.setitem(DATASETS, "tiny", lambda: make_pool(texts))
+    original = run.head_arguments
+    monkeypatch.setattr(
+        "benchmarks.controllability.methods.head_arguments",
+        lambda folder, seed: replace(original(folder, seed), num_train_epochs=2),
+    )
+    return Options(tmp_path / "out", 2, ("tiny",), ("plain", "selfreg_keywords", "balanced"), 1, 100, ("tiny",))
+
+
+def test_a_second_call_computes_what_is_new_and_nothing_else(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[int, str]] = []
+    measure = Trial.run
+
+    def counted(self: Trial, method: str) -> dict[str, Any]:
+        called.append((self.seed, method))
+        return measure(self, method)
+
+    monkeypatch.setattr(Trial, "run", counted)
+    run.run_pool(options, "tiny")
+    assert sorted(called) == sorted((seed, method) for seed in (0, 1) for method in options.methods)
+    folder = options.output / "results" / "tiny"
+    before = (folder / "seed-0" / "plain.json").read_bytes()
+    called.clear()
+    run.run_pool(options, "tiny")
+    assert called == []
+    run.run_pool(replace(options, seeds=3, methods=(*options.methods, "l2")), "tiny")
+    assert sorted(called) == sorted([(0, "l2"), (1, "l2"), (2, "l2"), *((2, method) for method in options.methods)])
+    assert (folder / "seed-0" / "plain.json").read_bytes() == before
+    called.clear()
+    (folder / "seed-1" / "balanced.json").unlink()
+    run.run_pool(options, "tiny")
+    assert called == [(1, "balanced")]
+
+
+def test_results_of_other_texts_are_computed_anew(
+    options: Options, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.run_pool(replace(options, seeds=1, methods=("plain",)), "tiny")
+    path = options.output / "results" / "tiny" / "seed-0" / "plain.json"
+    before = json.loads(path.read_text())
+    monkeypatch.setitem(DATASETS, "tiny", lambda: make_pool(texts, keywords=("cough",)))
+    run.run_pool(replace(options, seeds=1, methods=("plain",)), "tiny")
+    assert json.loads(path.read_text())["key"] != before["key"]
+
+
+def test_tables_and_pictures_of_a_run(options: Options) -> None:
+    from benchmarks.controllability.summary import write_summary
+
+    run.run_pool(options, "tiny")
+    results = write_summary(options.output)
+    plain = results["tiny"]["methods"]["plain"]["test"]
+    seeds = [
+        json.loads((options.output / "results" / "tiny" / f"seed-{seed}" / "plain.json").read_text())
+        for seed in (0, 1)
+    ]
+    right = [result["right"]["test"] for result in seeds]
+    assert plain["accuracy"]["mean"] == pytest.approx(np.mean([own.count("1") / len(own) for own in right]))
+    against = results["tiny"]["methods"]["balanced"]["test"]["against_plain"]["accuracy"]
+    assert against["low"] <= against["difference"] <= against["high"]
+    assert "| plain |" in (options.output / "RESULTS.md").read_text()
+    assert "Plotly.newPlot" in (options.output / "figures" / "tiny.html").read_text()
+    assert (options.output / "figures" / "plotly.min.js").exists()
+
+
+def test_a_method_that_does_not_apply_says_why_and_is_in_no_mean(
+    options: Options, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = make_pool(texts)
+    cut = replace(nobody, rows=lambda seed: replace(nobody.rows(seed), balanced=None))
+    monkeypatch.setitem(DATASETS, "tiny", lambda: cut)
+    run.run_pool(options, "tiny")
+    found = summarize(options.output / "results" / "tiny")
+    assert list(found["methods"]) == ["plain", "selfreg_keywords"]
+    assert "too few texts" in found["does_not_apply"]["balanced"]
+
+
+def test_pairs_are_compared_side_by_side(sae: SAEForFeatureExtraction, store: ActivationStore, tmp_path: Path) -> None:
+    generator_ = np.random.default_rng(0)
+    group = ["longer is chosen" if side else "shorter is chosen" for side in generator_.random(30) < 0.5]
+    pool = Pool(
+        "pairs",
+        "pairs",
+        Corpus("pairs", ["{}"] * 30, template="{chat}"),
+        [],
+        [0] * 30,
+        group,
+        ("fever",),
+        list(range(20)),
+        lambda seed: Rows(list(range(20)), {"test": list(range(20, 30))}),
+        "Good?",
+        task="preference",
+    )
+    activations = activations_of(sae, store)
+    trial = Trial(
+        pool, 0, sae, activations, UnintendedFeatures.from_ids(sae, [1, 2]), FakeWorkshop(tmp_path, sae, store)
+    )
+    states = trial.states([4], trial.measure, None)
+    assert torch.equal(states.pooled[0], activations.pooled[8:10])
+    for method in ("plain", "selfreg_keywords", "leace"):
+        result = trial.run(method)
+        assert result["figures"]["test"]["accuracy"] == pytest.approx(result["right"]["test"].count("1") / 10)
+        assert result["figures"]["test"]["f1"] is None
+    with pytest.raises(DoesNotApply, match="balance"):
+        trial.run("balanced")
+
+
+class SaysLengths:
+    """A chat model that finds long conversations likelier to be of the last option."""
+
+    def choose(self, conversations: Any, options: Any) -> list[Choice]:
+        shares = [min(len(turns[0]["content"]) / 2_000, 0.9) for turns in conversations]
+        return [
+            Choice(
+                options[-1],
+                dict(zip(options, [1 - share, *[share / (len(options) - 1)] * (len(options) - 1)], strict=True)),
+            )
+            for share in shares
+        ]
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+
+def test_methods_on_texts_are_measured_like_the_others(
+    options: Options, sae: SAEForFeatureExtraction, store: ActivationStore, texts: list[str]
+) -> None:
+    for name in ("tfidf", "zero_shot", "scrubbing"):
+        pytest.importorskip(f"selfreg.classifier.{name}")
+    shop = run.workshop(options)
+    shop.__dict__.update(chat=SaysLengths(), scrubbed=lambda pool: torch.zeros_like(store.pool("mean")).normal_())
+    activations = activations_of(sae, store)
+    trial = Trial(make_pool(texts), 0, sae, activations, UnintendedFeatures.from_ids(sae, [1, 2]), shop)
+    for method in ("tfidf", "zero_shot", "scrubbing"):
+        result = trial.run(method)
+        right = result["right"]["test"]
+        assert result["figures"]["test"]["accuracy"] == pytest.approx(right.count("1") / len(right))
+        assert (result["figures"]["test"]["unintended_use"] is None) == (method != "scrubbing")
+    again = Trial(make_pool(texts), 1, sae, activations, UnintendedFeatures.from_ids(sae, [1, 2]), shop)
+    with pytest.raises(DoesNotApply, match="asked once"):
+        again.run("zero_shot")
+
+
+def test_scrubbed_texts_hold_no_keyword_and_stay_pairs(texts: list[str]) -> None:
+    scrub = pytest.importorskip("selfreg.classifier.scrubbing").scrub
+    assert not any("fever" in text for text in scrubbed_texts(make_pool(texts), scrub))
+    reply = [[{"role": "assistant", "content": text}] for text in ("a fever", "a pain fever")]
+    pair = json.dumps({"prompt": "?", "chosen": reply[0], "rejected": reply[1]})
+    pool = make_pool([pair], task="preference", label=[0], group=[None], keywords=("fever", "pain"))
+    left = json.loads(scrubbed_texts(pool, scrub)[0])
+    assert left["chosen"] != left["rejected"]
+    assert left["chosen"][-1]["content"].strip() == left["rejected"][-1]["content"].strip() == "a"
+
+
+def test_folds_are_measured_together() -> None:
+    given = {"rows": [0, 1], "labels": [0, 1], "groups": ["a", "b"]}
+    trials = {seed: {"evals": {"test": {**given, "rows": [2 * seed, 2 * seed + 1]}}} for seed in range(4)}
+    ours = {seed: {"rows": {}, "right": {"test": "10"}} for seed in range(4)}
+    other = {**ours, 3: {"rows": {"test": [7]}, "right": {"test": "1"}}}
+    units = units_of({"folds": 2}, trials, ours, other, "test")
+    assert [unit.rows.tolist() for unit in units] == [[0, 1, 2, 3], [4, 5, 7]]
+    assert units[1].right.tolist() == [True, False, False]
+    assert units[1].reference.tolist() == [True, False, True]
+
+
+def test_acceptance_is_read_off_as_it_is_defined() -> None:
+    def figures(score: float, use: float, difference: dict[str, float] | None = None) -> dict[str, Any]:
+        own: dict[str, Any] = {
+            "accuracy": {"mean": score},
+            "unintended_use": {"mean": use},
+            "worst_group_accuracy": None,
+        }
+        if difference is not None:
+            own["against_plain"] = {"accuracy": difference, "worst_group_accuracy": difference}
+        return own
+
+    difference = {"difference": -0.01, "low": -0.03, "high": 0.01, "reference_error": 0.012}
+    result = {
+        "score": "accuracy",
+        "worst_eval": "test",
+        "methods": {"plain": {"test": figures(0.9, 0.2)}, "selfreg": {"test": figures(0.89, 0.01, difference)}},
+    }
+    found = acceptance(result)
+    assert found["within_one_standard_error"]
+    assert found["use_cut"] == pytest.approx(20)
+    assert found["use_cut_enough"]
+    assert not found["worst_group_above_plain"]
+    result["methods"]["selfreg"]["test"]["against_plain"]["accuracy"] = {**difference, "difference": -0.02}
+    assert not acceptance(result)["within_one_standard_error"]
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [("a", 0.1, 0.8), ("b", 0.2, 0.9), ("c", 0.3, 0.85), ("d", 0.1, 0.7)]
+    assert [point[0] for point in front(points, less=True)] == ["a", "b"]
+    assert [point[0] for point in front(points, less=False)] == ["b", "c"]
+    part = {"score": "accuracy", "worst_eval": "test", "seeds": 1, "methods": {}}
+    assert picture("x", part)["data"][1]["x"] == []
+
+
+def test_a_conversation_as_plain_text() -> None:
+    pair = {
+        "prompt": [{"role": "user", "content": "Hi?"}],
+        "chosen": [{"role": "assistant", "content": "Hello."}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    assert conversations(json.dumps(pair)) == ["user: Hi?\nassistant: Hello.", "user: Hi?\nassistant: No."]

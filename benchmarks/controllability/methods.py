@@ -33,10 +33,17 @@ from selfreg.features.selection import attribute_strength
 from selfreg.utils.trainer import StepProgress
 
 _OFF: dict[str, Any] = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
+OFFSET = 0.85
 SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg": ("attribute", {}),
     "selfreg_keywords": ("keywords", {}),
     "selfreg_random": ("random", {}),
+    "selfreg_offset": ("attribute", {"offset_weight": OFFSET}),
+    "selfreg_offset_keywords": ("keywords", {"offset_weight": OFFSET}),
+    "selfreg_offset_random": ("random", {"offset_weight": OFFSET}),
+    "offset_only": ("attribute", {**_OFF, "offset_weight": OFFSET}),
+    "offset_only_keywords": ("keywords", {**_OFF, "offset_weight": OFFSET}),
+    "offset_only_random": ("random", {**_OFF, "offset_weight": OFFSET}),
     "removal_only": ("attribute", {**_OFF, "remove_unintended": True}),
     "penalty_only": ("attribute", {k: v for k, v in _OFF.items() if k != "penalty_weight"}),
     "dependence_only": ("attribute", {k: v for k, v in _OFF.items() if k != "dependence_weight"}),

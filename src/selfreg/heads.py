@@ -14,6 +14,7 @@ from selfreg.activations.store import ActivationStore
 from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.offset import attribute_offsets, unintended_offsets
 from selfreg.classifier.path import WeightPath, resolve_weights
 from selfreg.classifier.scrubbing import scrub, scrub_words
 from selfreg.classifier.states import PooledStates
@@ -164,10 +165,24 @@ class Heads:
             result["weight_path"] = asdict(self.weight_path)
         return result
 
+    def _with_offsets(
+        self, states: dict[str, PooledStates], args: RegularizedTrainingArguments
+    ) -> dict[str, PooledStates]:
+        """The training set with what is set aside: of the attribute, where features are chosen by one."""
+        train = self.data.train
+        if not args.offset_weight:
+            return states
+        if train.attribute is not None and train.task == "single_label":
+            offsets = attribute_offsets(train.labels, train.attribute, len(self.data.labels))
+        else:
+            offsets = unintended_offsets(train.task, states["train"], seed=self.recipe.seed)
+        return {**states, "train": replace(states["train"], offsets=args.offset_weight * offsets)}
+
     def _choose_weights(self) -> None:
         """Puts numbers in the place of "auto", for all of selfreg's methods alike."""
         if AUTO in (self.args.penalty_weight, self.args.dependence_weight):
             states = self.with_removal if self.args.remove_unintended else self.without_removal
+            states = self._with_offsets(states, self.args)
             self.args, self.weight_path = resolve_weights(
                 self._new_classifier(), self.args, states["train"], measure=reliance
             )
@@ -178,7 +193,7 @@ class Heads:
         if name == "selfreg" or name in _PARTS:
             self._choose_weights()
             args = replace(self.args, **_PARTS.get(name, {}))
-            states = self.with_removal if args.remove_unintended else self.without_removal
+            states = self._with_offsets(self.with_removal if args.remove_unintended else self.without_removal, args)
             model = self.classifier if name == "selfreg" else self._new_classifier()
             return fit_head(name, model, args, states["train"], callbacks=callbacks), states
         scrubbed = self.scrubbed if name == "scrubbing" else None

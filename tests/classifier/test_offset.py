@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from selfreg import RegularizedSequenceClassifier, RegularizedTrainer, RegularizedTrainingArguments
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
-from selfreg.classifier.offset import unintended_offsets
+from selfreg.classifier.offset import attribute_offsets, unintended_offsets
 from selfreg.classifier.states import PooledStates
 
 RANDOM = np.random.default_rng(0)
@@ -34,7 +34,8 @@ def test_it_says_what_the_features_say() -> None:
     labels, z = tied(0.9)
     f = unintended_offsets("single_label", states_of(labels, z)).numpy()
     assert f.shape == (N, 2)
-    np.testing.assert_allclose(np.exp(f).sum(axis=1), 1, rtol=1e-5)
+    shares = np.bincount(labels) / N
+    np.testing.assert_allclose((np.exp(f) * shares).sum(axis=1), 1, rtol=1e-5)
     assert (f.argmax(axis=1) == labels).mean() == pytest.approx(0.9, abs=0.05)
 
 
@@ -42,7 +43,7 @@ def test_it_is_told_out_of_fold() -> None:
     # Features that say nothing: by heart 10 components of 40 texts would tell most labels.
     labels, z = RANDOM.integers(0, 2, 40), RANDOM.normal(size=(40, 200))
     f = unintended_offsets("single_label", states_of(labels, z)).numpy()
-    right = f[np.arange(40), labels]
+    right = (f + np.log(np.bincount(labels) / 40))[np.arange(40), labels]
     assert right.mean() < -0.6
 
 
@@ -63,6 +64,15 @@ def test_many_labels_numbers_and_pairs() -> None:
     assert not scores[:, 1].any()
     assert (scores[:, 0] > 0).mean() == pytest.approx(0.9, abs=0.05)
     assert roc_auc_score(more[:, 0] > 0, scores[:, 0]) > 0.9
+
+
+def test_of_a_known_attribute() -> None:
+    labels, attribute = [0, 0, 0, 1, 1, 1], ["a", "a", "a", "a", "b", None]
+    f = attribute_offsets(labels, attribute, 2)
+    prior = torch.tensor([3.5, 3.5]) / 7
+    torch.testing.assert_close(f[0], (torch.tensor([3.5, 1.5]) / 5 / prior).log())
+    torch.testing.assert_close(f[4], (torch.tensor([0.5, 1.5]) / 2 / prior).log())
+    assert f[5].tolist() == [0, 0]
 
 
 def test_features_that_never_fire_say_nothing() -> None:

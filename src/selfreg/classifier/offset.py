@@ -11,6 +11,7 @@ f is told out of fold: each text by a model that was not trained on it, or f wou
 Shapes: N texts (or pairs), U unintended features, L labels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,9 @@ def unintended_offsets(task: Task, states: PooledStates, *, seed: int = 0) -> Te
         seed: of the folds.
 
     Returns:
-        `single_label` `[N, L]` log-probabilities, L the labels that occur at most; `multi_label` `[N, L]` log odds;
-        `regression` `[N, 1]` prediction less the mean; pairs `[N, 2]`, the log odds of the chosen side and 0.
+        `single_label` `[N, L]` log-probabilities and `multi_label` `[N, L]` log odds, both less those of the label
+        alone, which the head's bias is for; L up to the last label that occurs. `regression` `[N, 1]`: prediction less
+        the mean; pairs `[N, 2]`: the log odds of the chosen side and 0.
 
     Raises:
         ValueError: a label has fewer texts than there are folds.
@@ -53,7 +55,7 @@ def unintended_offsets(task: Task, states: PooledStates, *, seed: int = 0) -> Te
         columns = {"single_label": int(labels.max(initial=0)) + 1, "multi_label": labels.shape[-1], "preference": 2}
         return torch.zeros(len(labels), columns.get(task, 1))
     if task == "single_label":
-        offsets = _of_labels(z_NK, labels, seed)
+        offsets = _of_labels(z_NK, labels, seed) - _log_shares(labels)
     elif task == "multi_label":
         offsets = np.stack([_of_two(z_NK, labels[:, y].astype(int), seed) for y in range(labels.shape[1])], axis=1)
     elif task == "regression":
@@ -110,8 +112,38 @@ def _of_two(z_NK: _Matrix, there_N: NDArray[np.int64], seed: int) -> _Matrix:
     if counts.min() < _FOLDS:
         # Nothing can be told of a label that (nearly) all texts have, or none.
         return np.zeros(len(there_N))
-    log_p = _of_labels(z_NK, there_N, seed)
+    log_p = _of_labels(z_NK, there_N, seed) - _log_shares(there_N)
     return np.asarray(log_p[:, 1] - log_p[:, 0])
+
+
+def _log_shares(labels_N: NDArray[np.int64]) -> _Matrix:
+    """log p(label), `[L]`; 0 for a label without texts."""
+    counts = np.bincount(labels_N)
+    return np.asarray(np.log(np.where(counts, counts / len(labels_N), 1.0)))
+
+
+def attribute_offsets(labels: Sequence[int], attribute: Sequence[Any], num_labels: int) -> Tensor:
+    """The same where the attribute itself is known of the training texts: log p(label | value) - log p(label).
+
+    By counts, half a text added to each; 0 for texts whose attribute is not known.
+
+    Args:
+        labels (`[N]`): class ids.
+        attribute (`[N]`): None where it is not known.
+        num_labels: L.
+
+    Returns:
+        `[N, L]`.
+    """
+    prior = np.full(num_labels, 0.5)
+    np.add.at(prior, np.asarray(labels), 1)
+    counts: dict[str, NDArray[np.float64]] = {}
+    for label, value in zip(labels, attribute, strict=True):
+        if value is not None:
+            counts.setdefault(str(value), np.full(num_labels, 0.5))[label] += 1
+    said = {value: np.log(own / own.sum()) - np.log(prior / prior.sum()) for value, own in counts.items()}
+    rows = [np.zeros(num_labels) if value is None else said[str(value)] for value in attribute]
+    return torch.from_numpy(np.stack(rows)).float()
 
 
 def _of_pairs(z_NK: _Matrix, seed: int) -> _Matrix:

@@ -312,6 +312,9 @@ class _Loss:
         """
         with torch.no_grad():
             logits = model.logits(states.pooled.to(model.score.weight.device)).cpu().double()
+        if states.offsets is not None:
+            # With what the features say set aside, leaning on them costs nothing and gains nothing.
+            logits = logits + states.offsets.double()
         weights = torch.ones(len(states)) if states.weights is None else states.weights
         weights = weights.double().requires_grad_()
         scale = model.loss_scale

@@ -198,6 +198,8 @@ class HeadProblem:
             scores_RL = torch.cat([scores_RL, torch.zeros_like(scores_RL)], dim=1)
         elif model.task == "preference":
             scores_RL = scores_RL.reshape(-1, 2)
+        if states.offsets is not None:
+            scores_RL = scores_RL + states.offsets.double()
         scale = model.loss_scale
         return task_loss(
             model.task,

@@ -115,6 +115,7 @@ class RegularizedTrainer(RegularizationMixin):
                     eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
                 else:
                     eval_dataset = _cached(model, eval_dataset)
+            train_dataset = _with_offsets(model, args, train_dataset)
             self.weight_path = _choose_weights(model, args, train_dataset)
         super().__init__(
             model,
@@ -236,9 +237,6 @@ class RegularizedTrainer(RegularizationMixin):
             # cache_states is off: the backbone runs at every step, and once before for what the head is fitted to.
             states = pooled_dataset(model, dataset)
         model.set_standardization(states.pooled, states.labels)
-        if self.args.offset_weight and model.config.num_unintended:
-            offsets = self.args.offset_weight * unintended_offsets(model.task, _for_all(states, model))
-            self.train_dataset = replace(states, offsets=offsets)
         if self.args.dependence_weight and model.config.num_unintended:
             differences, activations = states.compared
             # The mean of the standardisation is held constant anyway.
@@ -275,10 +273,21 @@ def _check_states_stay(dataset: Any, model: RegularizedSequenceClassifier, name:
         )
 
 
-def _for_all(states: PooledStates, model: RegularizedSequenceClassifier) -> PooledStates:
-    """With the activations of those features only that are unintended for all labels."""
-    mask = model.unintended_mask
-    return states if mask is None else replace(states, activations=states.activations[..., mask.all(dim=0)])
+def _with_offsets(model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, dataset: Any) -> Any:
+    """The training set with what the features alone say of it, unless it brings its own offsets."""
+    if not (args.offset_weight and model.config.num_unintended) or dataset is None:
+        return dataset
+    if not isinstance(dataset, PooledStates):
+        raise ValueError(
+            "offset_weight needs a PooledStates, which knows the features' activations: model.pooled_states makes it"
+        )
+    if dataset.offsets is not None:
+        return dataset
+    states, mask = dataset, model.unintended_mask
+    if mask is not None:
+        # Those that are unintended for all labels: what is a reason for some may be learned.
+        states = replace(states, activations=states.activations[..., mask.all(dim=0)])
+    return replace(dataset, offsets=args.offset_weight * unintended_offsets(model.task, states))
 
 
 def _choose_weights(

@@ -74,12 +74,21 @@ def test_nothing_is_said_too_early_nor_of_what_does_not_vary() -> None:
     assert running.directions.shape == (U + 2, D)
     assert running.directions.abs().max() == 0
     for rows in torch.arange(N).split(8):
-        early = running.state_dict()["count"] < 32
+        early = running.state_dict()["seen"] < 32
         running.update(h[rows], z[rows], batch_constant("single_label", labels[rows], L))
-        early = early and running.state_dict()["count"] < 32
+        early = early and running.state_dict()["seen"] < 32
         assert (running.directions.abs().max() == 0) == bool(early)
     assert running.directions[U:].abs().max() == 0
     assert (running.directions[:U].abs().amax(dim=1) > 0).all()
+
+
+def test_short_memories_say_something_too() -> None:
+    h, z, labels = _data()
+    running = RunningDependence(U, D, L, momentum=0.5)
+    for rows in torch.arange(64).split(2):
+        running.update(h[rows], z[rows], batch_constant("single_label", labels[rows], L))
+    assert running.state_dict()["count"] < 5
+    assert running.directions.abs().max() > 0
 
 
 def test_state_is_saved_and_no_gradient_flows() -> None:

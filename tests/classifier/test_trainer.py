@@ -219,8 +219,10 @@ def test_stock_model_with_the_penalty(tmp_path: Path, texts: list[str]) -> None:
     )
     trainer.train()
     assert "similarity" in next(entry for entry in trainer.state.log_history if "loss" in entry)
-    with pytest.raises(ValueError, match="set dependence_weight=0 and leave remove_unintended out"):
-        RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=rows, unintended=unintended)
+    with pytest.raises(ValueError, match="remove_unintended takes features out of the states inside the model"):
+        RegularizedTrainer(
+            model=model, args=make_args(tmp_path, remove_unintended=True), train_dataset=rows, unintended=unintended
+        )
     with pytest.raises(ValueError, match="can't find the linear head of LlamaModel"):
         RegularizedTrainer(model=model.model, args=args, train_dataset=rows, unintended=unintended)
 

@@ -1,4 +1,4 @@
-"""RunningDependence: the directions of the dependence term where the states move while they are measured.
+"""RunningDependence, RunningScale: what the two terms need of the states, where those move in training.
 
 Shapes: B texts (or pairs) of a batch, D hidden size, U unintended features, P columns held constant.
 """
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfreg.classifier.tasks import Task, held_constant
-
-_FEWEST_TEXTS = 32.0
 
 _Sums = dict[str, Tensor]
 
@@ -34,16 +32,20 @@ class RunningDependence:
         hidden_size: D.
         num_constant: P, the columns of `batch_constant`.
         momentum: what each update leaves of the sums before it, 0 to 1.
+        min_texts: before so many were seen, nothing is said.
 
     Raises:
         ValueError: `momentum` is not in that range.
     """
 
-    def __init__(self, num_features: int, hidden_size: int, num_constant: int, momentum: float = 0.99) -> None:
+    def __init__(
+        self, num_features: int, hidden_size: int, num_constant: int, momentum: float = 0.99, min_texts: int = 32
+    ) -> None:
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum={momentum} must be from 0 to 1")
-        self.momentum = momentum
+        self.momentum, self.min_texts = momentum, min_texts
         shapes = {
+            "seen": (),
             "count": (),
             "constant_constant": (num_constant, num_constant),
             "constant_states": (num_constant, hidden_size),
@@ -83,11 +85,12 @@ class RunningDependence:
                 f"states, activations and constant have shapes {tuple(states.shape)}, {tuple(activations.shape)} and "
                 f"{tuple(constant.shape)}; their widths must be {wanted}, and the rows as many"
             )
-        # Differences of sums of squares need float64, which Apple's devices lack.
-        device = torch.device("cpu") if states.device.type == "mps" else states.device
+        device = _precise(states.device)
         h, z, k = (values.detach().to(device).double() for values in (states, activations, constant))
+        count = torch.tensor(float(len(h)), dtype=torch.float64, device=device)
         batch = {
-            "count": torch.tensor(float(len(h)), dtype=torch.float64, device=device),
+            "seen": count,
+            "count": count,
             "constant_constant": k.T @ k,
             "constant_states": k.T @ h,
             "constant_activations": k.T @ z,
@@ -96,11 +99,14 @@ class RunningDependence:
         }
         if reduce is not None:
             batch = reduce(batch)
-        self._sums = {name: self.momentum * total.to(device) + batch[name] for name, total in self._sums.items()}
+        before = {name: total.to(device) for name, total in self._sums.items()}
+        self._sums = {name: self.momentum * total + batch[name] for name, total in before.items()}
+        # All texts, not only those that the sums still remember.
+        self._sums["seen"] = before["seen"] + batch["seen"]
 
     @property
     def directions(self) -> Tensor:
-        """`[U, D]`, float32; zeros before 32 texts were seen, and for a feature that doesn't vary within a label."""
+        """`[U, D]`, float32; zeros before `min_texts` were seen, and for features that don't vary within a label."""
         sums = self._sums
         count = sums["count"].clamp_min(1.0)
         # What follows the constant columns, as coefficients on them.
@@ -109,7 +115,7 @@ class RunningDependence:
         square = sums["activations_squared"]
         variance = (square - (of_constant * sums["constant_activations"]).sum(dim=0)) / count
         # Rounding leaves a constant column about 1e-16 of its mean square.
-        alive = (variance > 1e-12 * square / count) & (sums["count"] >= _FEWEST_TEXTS)
+        alive = (variance > 1e-12 * square / count) & (sums["seen"] >= self.min_texts)
         spread = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
         return torch.where(alive.unsqueeze(1), covariance / spread.unsqueeze(1), 0.0).float()
 
@@ -130,6 +136,46 @@ class RunningDependence:
         self._sums = {name: state[name].to(total) for name, total in self._sums.items()}
 
 
+class RunningScale:
+    """Root mean square of states about their mean, over all dimensions: the scale of a standardisation, from batches.
+
+    Args:
+        momentum: as for [`RunningDependence`].
+    """
+
+    def __init__(self, momentum: float = 0.99) -> None:
+        self.momentum = momentum
+        self._sums: _Sums = {}
+
+    @torch.no_grad()
+    def update(self, states: Tensor, reduce: Callable[[_Sums], _Sums] | None = None) -> None:
+        """Takes in a batch of states `[B, D]`."""
+        h = states.detach().to(_precise(states.device)).double()
+        count = torch.tensor(float(len(h)), dtype=torch.float64, device=h.device)
+        batch = {"count": count, "states": h.sum(dim=0), "squares": h.pow(2).sum()}
+        if reduce is not None:
+            batch = reduce(batch)
+        before = self._sums or {name: torch.zeros_like(total) for name, total in batch.items()}
+        self._sums = {name: self.momentum * before[name].to(total) + total for name, total in batch.items()}
+
+    @property
+    def scale(self) -> Tensor:
+        """`[]`, float32; 1 before two states that differ were seen."""
+        if not self._sums:
+            return torch.ones(())
+        mean = self._sums["states"] / self._sums["count"]
+        mean_square = self._sums["squares"] / self._sums["count"]
+        variance = (mean_square - mean.pow(2).sum()) / len(mean)
+        differ = variance > 1e-12 * mean_square / len(mean)
+        return torch.where(differ, variance.clamp_min(0).sqrt(), 1.0).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._sums)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._sums = dict(state)
+
+
 def batch_constant(task: Task, labels: Tensor, num_labels: int) -> Tensor:
     """`tasks.held_constant` of a batch: the same columns whichever labels the batch has -> `[B, P]`, float64.
 
@@ -147,3 +193,8 @@ def _inverse(gram: Tensor) -> Tensor:
     scale = torch.where(size > 0, 1 / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0)
     outer = scale.unsqueeze(1) * scale
     return torch.linalg.pinv(gram * outer, rtol=1e-12, hermitian=True) * outer
+
+
+def _precise(device: torch.device) -> torch.device:
+    """Where to sum: differences of sums of squares need float64, which Apple's devices lack."""
+    return torch.device("cpu") if device.type == "mps" else device

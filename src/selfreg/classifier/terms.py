@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfreg.classifier.arguments import RegularizationArguments
 from selfreg.classifier.penalty import dependence_term, orthonormal_basis, similarity_penalty, subspace_share
-from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.features.selection import UnintendedFeatures
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Regularizer:
     """
 
     def __init__(
-        self, unintended: UnintendedFeatures, args: RegularizedTrainingArguments, mask: Tensor | None = None
+        self, unintended: UnintendedFeatures, args: RegularizationArguments, mask: Tensor | None = None
     ) -> None:
         self.similarity: Any = args.similarity
         self.penalty_weight, self.dependence_weight = args.penalty_weight, args.dependence_weight

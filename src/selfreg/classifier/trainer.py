@@ -20,14 +20,14 @@ class RegularizedTrainer(RegularizationMixin):
 
     Args:
         model: the classifier; or a stock `AutoModelForSequenceClassification` model, with `unintended`.
-        args: a [`RegularizedTrainingArguments`].
+        args: a [`RegularizedTrainingArguments`]; for stock models any [`~transformers.TrainingArguments`].
         train_dataset: a [`PooledStates`]; or rows with `text` (or `input_ids`, as the tokenizer gives them for the
             bare text) and `label` (or `labels`); or rows with `pooled` and `labels`, which is enough where
             `dependence_weight` is 0. For `preference` rows with `chosen`, `rejected` and, where there are, `prompt`
             and `margin`: strings or lists of messages, as TRL has them. A column `weight` weighs texts in the loss.
         eval_dataset: likewise.
         unintended: for stock models only.
-        kwargs: as for [`~transformers.Trainer`].
+        kwargs: as for [`RegularizationMixin`] and [`~transformers.Trainer`].
 
     Raises:
         ValueError: a column is missing, a text is empty, a label is out of range or there is only one.
@@ -38,20 +38,20 @@ class RegularizedTrainer(RegularizationMixin):
     def __init__(
         self,
         model: Any,
-        args: RegularizedTrainingArguments,
+        args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
         unintended: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, RegularizedTrainingArguments):
+        self._label_weights: Tensor | None = None
+        own = isinstance(model, RegularizedSequenceClassifier)
+        if own and not isinstance(args, RegularizedTrainingArguments):
             raise ValueError(
                 f"args must be RegularizedTrainingArguments, not {type(args).__name__}: TrainingArguments with the "
                 "weights of the two terms"
             )
-        self._label_weights: Tensor | None = None
-        own = isinstance(model, RegularizedSequenceClassifier)
         if own:
             if not model.backbone_is_frozen:
                 raise ValueError(
@@ -118,7 +118,7 @@ class RegularizedTrainer(RegularizationMixin):
             labels,
             label_weights=self._label_weights,
             target_scale=model.loss_scale,
-            preference_loss=self.args.preference_loss,  # type: ignore[arg-type]
+            preference_loss=self.args.preference_loss,
             **columns,
         )
 

@@ -7,14 +7,14 @@ import torch
 from transformers import TrainingArguments
 
 from selfreg.activations.prompt import check_choice
-from selfreg.classifier.penalty import Similarity
+from selfreg.classifier.arguments import RegularizationArguments
 from selfreg.classifier.tasks import PreferenceLoss
 
 
 @dataclass
-class RegularizedTrainingArguments(TrainingArguments):
+class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
     r"""
-    [`~transformers.TrainingArguments`] with what regularised training adds.
+    [`~transformers.TrainingArguments`] and [`RegularizationArguments`] in one, for a head over a frozen backbone.
 
     Other defaults: `per_device_train_batch_size=64`, `learning_rate=3e-3`, `num_train_epochs=100`, `weight_decay=2.0`,
     `remove_unused_columns=False`, `logging_steps=50`. They suit a head over a frozen backbone and
@@ -23,12 +23,7 @@ class RegularizedTrainingArguments(TrainingArguments):
     loss = task loss + penalty_weight · similarity + dependence_weight · dependence
 
     Args:
-        penalty_weight (`float`, defaults to 1.0): weight of the similarity between head and unintended features; 0
-            turns it off.
-        similarity (`str`, defaults to `"dot"`): `"encoder"`, `"dot"`, `"cosine"` or `"subspace"`; see
-            [`similarity_penalty`].
-        dependence_weight (`float`, defaults to 30.0): weight of what still depends on the unintended features; 0 turns
-            it off. See [`dependence_term`].
+        penalty_weight, similarity, dependence_weight, dependence_momentum: see [`RegularizationArguments`].
         remove_unintended (`bool`, *optional*): take the features out of the hidden states, in training and afterwards.
             None: as the model was made, which is True where nothing else was said.
         cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of
@@ -39,9 +34,6 @@ class RegularizedTrainingArguments(TrainingArguments):
             sides, or `"pointwise"`, which judges each by itself; see [`task_loss`].
     """
 
-    penalty_weight: float = field(default=1.0, metadata={"help": "Weight of the similarity penalty; 0: off."})
-    similarity: str = field(default="dot", metadata={"help": "encoder, dot, cosine or subspace."})
-    dependence_weight: float = field(default=30.0, metadata={"help": "Weight of the dependence term; 0: off."})
     remove_unintended: bool | None = field(
         default=None, metadata={"help": "Remove the features from the hidden states; None: as the model was made."}
     )
@@ -62,11 +54,7 @@ class RegularizedTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are read by name."})
 
     def __post_init__(self) -> None:
-        check_choice("similarity", self.similarity, Similarity)
         check_choice("preference_loss", self.preference_loss, PreferenceLoss)
-        for name in ("penalty_weight", "dependence_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         self.label_weights()
         super().__post_init__()
         # Without an accelerator pinned memory only brings a warning.

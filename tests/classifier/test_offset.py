@@ -91,7 +91,12 @@ def test_the_head_leaves_to_the_features_what_they_say(tmp_path: Path) -> None:
     share = {}
     for weight in (0.0, 1.0):
         config = RegularizedSequenceClassifierConfig(
-            hidden_size=2, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}, remove_unintended=False
+            hidden_size=2,
+            id2label={0: "a", 1: "b"},
+            label2id={"a": 0, "b": 1},
+            unintended_feature_ids=list(range(20)),
+            unintended_reasons=[""] * 20,
+            remove_unintended=False,
         )
         model = RegularizedSequenceClassifier(config)
         args = RegularizedTrainingArguments(

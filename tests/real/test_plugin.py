@@ -53,6 +53,8 @@ def test_reward_model_on_real_pairs(smollm2_chat: Path, data_path: Callable[[str
     model: Any = AutoModelForSequenceClassification.from_pretrained(smollm2_chat, num_labels=1, dtype="float32")
     model.requires_grad_(False)
     model.score.requires_grad_(True)
+    # A new head of transformers is so small that a few steps would drown what the penalty does.
+    torch.nn.init.normal_(model.score.weight, std=0.5)
     extractor = HiddenStateExtractor(model.model, tokenizer, layer="final", name="smollm2")
     sae = SAEForFeatureExtraction(SAEConfig(hidden_size=576, num_features=64, k=8))
     sae.config.set_hidden_state_spec(extractor.spec)
@@ -61,7 +63,7 @@ def test_reward_model_on_real_pairs(smollm2_chat: Path, data_path: Callable[[str
         str(tmp_path / "out"),
         max_steps=4,
         per_device_train_batch_size=8,
-        learning_rate=1e-2,
+        learning_rate=2e-2,
         bf16=False,
         gradient_checkpointing=False,
         dataloader_pin_memory=False,
@@ -75,13 +77,13 @@ def test_reward_model_on_real_pairs(smollm2_chat: Path, data_path: Callable[[str
         train_dataset=pairs,
         processing_class=tokenizer,
         unintended=unintended,
-        regularization=RegularizationArguments(penalty_weight=3.0, dependence_weight=1.0),
+        regularization=RegularizationArguments(penalty_weight=300.0, dependence_weight=0.01),
     )
     before = use_of(model, unintended)
     trainer.train()
     entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert {"task_loss", "similarity", "accuracy", "margin"} <= set(entry)
-    assert use_of(model, unintended) < 0.9 * before
+    assert use_of(model, unintended) < 0.7 * before
     assert entry["dependence"] > 0
     trainer.save_model(str(tmp_path / "reward"))
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")

@@ -22,6 +22,7 @@ from selfreg import (
     SAEConfig,
     SAEForFeatureExtraction,
     UnintendedFeatures,
+    evaluate_classifier,
 )
 from selfreg.evaluation.classifier import FIGURES
 from selfreg.features.chat import Choice, Conversation
@@ -135,7 +136,6 @@ def test_whole_run_and_what_it_leaves(folder: Path, tmp_path: Path) -> None:
     model = RegularizedSequenceClassifier.from_pretrained(out / "classifier")
     assert model.unintended.feature_ids == unintended.feature_ids
     assert model.config.label2id == {"a": 0, "b": 1}
-    from selfreg import evaluate_classifier
 
     rows = notes(80, True, 2)
     again = evaluate_classifier(model, rows, group="sex")
@@ -515,3 +515,23 @@ def test_weights_that_the_validation_loss_chooses(folder: Path, tmp_path: Path) 
     assert (tmp_path / "out" / "classifier" / "weight_path.html").exists()
     assert "How strict the rule is" in (tmp_path / "out" / "report.html").read_text()
     assert run_recipe(Recipe.from_dict(recipe)) == metrics
+
+
+def test_adapter_of_a_recipe(folder: Path, tmp_path: Path) -> None:
+    recipe = values(folder, tmp_path / "out", baselines=["plain"])
+    recipe["classifier"] = {"lora": {"r": 2}, "batch_size": 32}
+    assert Recipe.from_dict(recipe).classifier.epochs == 3
+    metrics = run_recipe(Recipe.from_dict(recipe))
+    assert metrics["methods"]["selfreg"]["shifted"]["unintended_dependence"] is not None
+    assert metrics["drift"]["fvu_after"] != metrics["drift"]["fvu_before"]
+    model = RegularizedSequenceClassifier.from_pretrained(tmp_path / "out" / "classifier")
+    assert model.config.adapter
+    found = evaluate_classifier(model, notes(80, True, 2), group="sex")
+    # use and dependence are measured otherwise here: by the activations in the adapted states.
+    for name in ("accuracy", "leakage", "worst_group_accuracy"):
+        assert found[name] == pytest.approx(metrics["methods"]["selfreg"]["shifted"][name], abs=1e-4), name
+    assert run_recipe(Recipe.from_dict(recipe)) == metrics
+    with pytest.raises(RecipeError, match="classifier.lora: lora: 'rank' is no field of peft.LoraConfig"):
+        run_recipe(Recipe.from_dict({**recipe, "classifier": {"lora": {"rank": 2}}}))
+    with pytest.raises(RecipeError, match="leave lora or offset_weight out"):
+        Recipe.from_dict({**recipe, "classifier": {"lora": {"r": 2}, "offset_weight": 0.5}})

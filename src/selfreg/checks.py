@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from selfreg.activations.backbone import resolve_model
 from selfreg.activations.spec import HiddenStateSpec
+from selfreg.classifier.lora import adapter_config
 from selfreg.classifier.zero_shot import check_label_names
 from selfreg.data import TaskData
 from selfreg.evaluation.arrays import group_name
@@ -46,6 +47,8 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
             f"features.attribute: no label of the training set has texts of two values of {features.attribute!r}, so "
             "that it can't be told apart from the label; choose features by keywords or a judge, or add texts"
         )
+    if recipe.classifier.lora is not None:
+        _of_key("classifier.lora", lambda: adapter_config(recipe.classifier.lora or {}))
     if features.rubric is not None:
         _of_key("features.rubric", lambda: _check_rubric(Rubric.load(features.rubric or ""), data.labels))
     if "zero_shot" in recipe.baselines and recipe.task in ("single_label", "multi_label"):

@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.store import ActivationStore
+from selfreg.adapter_head import adapted_states, drift, fit_adapter
 from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
@@ -25,6 +26,7 @@ from selfreg.evaluation.path_chart import reliance, save_path
 from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.recipe import Recipe
+from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.text_heads import TEXT_BASELINES, changed_texts, text_logits
 from selfreg.utils.files import atomic_folder
 from selfreg.utils.trainer import StepProgress
@@ -50,6 +52,7 @@ class Heads:
         unintended: what must not be used.
         catalog: the spans of its features, for the words that `scrubbing` takes out.
         extractor: gives the backbone; called only if a method is trained.
+        sae: what the features are of; tells how far an adapter moves the states away from it.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class Heads:
         unintended: UnintendedFeatures,
         catalog: FeatureCatalog,
         extractor: Callable[[], HiddenStateExtractor],
+        sae: SAEForFeatureExtraction,
     ) -> None:
         self.recipe, self.data, self.stores = recipe, data, stores
-        self.unintended, self.catalog, self.extractor = unintended, catalog, extractor
+        self.unintended, self.catalog, self.extractor, self.sae = unintended, catalog, extractor, sae
         self.output = Path(recipe.output)
         self.weight_path: WeightPath | None = None
         part = recipe.classifier
@@ -88,9 +92,10 @@ class Heads:
 
     @cached_property
     def classifier(self) -> RegularizedSequenceClassifier:
+        # The one that is kept; the adapter is of it alone.
         return self._new_classifier()
 
-    def _new_classifier(self) -> RegularizedSequenceClassifier:
+    def _new_classifier(self, lora: dict[str, Any] | None = None) -> RegularizedSequenceClassifier:
         return RegularizedSequenceClassifier.from_backbone(
             self.extractor(),
             None,
@@ -98,6 +103,7 @@ class Heads:
             id2label=dict(enumerate(self.data.labels)) if self.data.labels else None,
             task=self.recipe.task,
             remove_unintended=self.recipe.classifier.remove_unintended,
+            lora=lora,
         )
 
     @cached_property
@@ -148,10 +154,12 @@ class Heads:
         set_seed(self.recipe.seed)
         if name in TEXT_BASELINES:
             return self._measure_texts(name)
-        head, states = self._fit(name)
+        adapted = name == "selfreg" and self.recipe.classifier.lora is not None
+        head, states = self._fit_adapter() if adapted else self._fit(name)
         if name == "selfreg":
+            assert head is not None
             with atomic_folder(self.output / "classifier") as temporary:
-                self.classifier.save_pretrained(temporary)
+                head.model.save_pretrained(temporary)
                 if self.weight_path is not None:
                     save_path(self.weight_path, temporary)
         if head is None:
@@ -161,6 +169,9 @@ class Heads:
             for part in self.data.eval.values()
         }
         result = _result(found, head.history)
+        if adapted:
+            first = next(iter(self.data.eval.values()))
+            result["drift"] = drift(head.model, self.sae, first, self.recipe.backbone.template)
         if name == "selfreg" and self.weight_path is not None:
             result["weight_path"] = asdict(self.weight_path)
         return result
@@ -187,6 +198,20 @@ class Heads:
                 self._new_classifier(), self.args, states["train"], measure=reliance
             )
             logger.info("chosen by validation loss: penalty_weight=%g, dependence_weight=%g", *self.args.term_weights)
+
+    def _fit_adapter(self) -> tuple[FittedHead, dict[str, PooledStates]]:
+        self._choose_weights()
+        head = fit_adapter(self.data, self.args, self._new_classifier(self.recipe.classifier.lora))
+        template = self.recipe.backbone.template
+        states = {
+            # What a decision depends on is measured by the features' activations in the states as they were found.
+            part.name: replace(
+                adapted_states(head.model, part, self.extractor(), template),
+                activations=self.without_removal[part.name].activations,
+            )
+            for part in self.data.eval.values()
+        }
+        return head, states
 
     def _fit(self, name: str) -> tuple[FittedHead | None, dict[str, PooledStates]]:
         callbacks = [StepProgress(f"classifier {name}")]

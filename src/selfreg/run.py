@@ -92,7 +92,7 @@ class _Run:
         sae.to(default_device())  # type: ignore[arg-type]
         catalog = self._catalog(sae, stores["train"])
         unintended = self._unintended(sae, catalog, stores["train"])
-        methods = self._methods(unintended, catalog, stores)
+        methods = self._methods(unintended, catalog, stores, sae)
         metrics = {
             "selfreg_version": __version__,
             "recipe_sha256": self.recipe.sha256(),
@@ -105,6 +105,10 @@ class _Run:
             "methods": {name: method["figures"] for name, method in methods.items()},
             "groups": {name: method["cells"] for name, method in methods.items()},
         }
+        if "drift" in methods["selfreg"]:
+            metrics["drift"] = methods["selfreg"]["drift"]
+            before, after = (metrics["drift"][f"fvu_{when}"] for when in ("before", "after"))
+            self.tell(f"the adapter: FVU of the SAE {before:.4f} before it, {after:.4f} with it")
         write_json(self.output / "metrics.json", metrics)
         self._report(metrics, sae_result, methods, catalog, unintended)
         return metrics
@@ -278,7 +282,11 @@ class _Run:
         return chosen
 
     def _methods(
-        self, unintended: UnintendedFeatures, catalog: FeatureCatalog, stores: dict[str, ActivationStore]
+        self,
+        unintended: UnintendedFeatures,
+        catalog: FeatureCatalog,
+        stores: dict[str, ActivationStore],
+        sae: SAEForFeatureExtraction,
     ) -> dict[str, Any]:
         recipe = self.recipe
         names = ["selfreg", *recipe.baselines]
@@ -290,7 +298,7 @@ class _Run:
             self.data.train.fingerprint(),
             {name: part.fingerprint() for name, part in self.data.eval.items()},
         ]
-        heads = Heads(recipe, self.data, stores, unintended, catalog, lambda: self.extractor)
+        heads = Heads(recipe, self.data, stores, unintended, catalog, lambda: self.extractor, sae)
         results = {}
         for name in names:
             outputs = (self.output / "classifier",) if name == "selfreg" else ()

@@ -95,7 +95,7 @@ def held_constant(task: Task, labels: Tensor) -> Tensor:
     if task == "single_label":
         _, index = labels.unique(return_inverse=True)
         return F.one_hot(index).double()
-    columns = torch.ones(len(labels), 1, dtype=torch.float64)
+    columns = torch.ones(len(labels), 1, dtype=torch.float64, device=labels.device)
     if task == "preference":
         return columns
     return torch.cat([columns, labels.double().reshape(len(labels), -1)], dim=1)

@@ -51,12 +51,12 @@ def make_args(folder: Path, **kwargs: Any) -> RegularizedTrainingArguments:
 def test_reward_model_that_does_not_use_what_it_must_not(
     smollm2: Path, data_path: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    rows = read(data_path("preferences/train.jsonl.xz"), 96)
-    extractor = HiddenStateExtractor.from_pretrained(str(smollm2), layer=15, template=CHAT, max_length=192)
+    rows = read(data_path("preferences/train.jsonl.xz"), 48)
+    extractor = HiddenStateExtractor.from_pretrained(str(smollm2), layer=15, template=CHAT, max_length=128)
     sides = [side for row in rows for side in render_pair(extractor.tokenizer, row, CHAT)]
     # Of every prompt the reply alone counts, however long the conversation before it.
     for (ids, start, end), side in zip(extractor.tokenize(sides), sides, strict=True):
-        assert len(ids) <= 192
+        assert len(ids) <= 128
         reply = extractor.tokenizer.decode(ids[start:end])
         assert "<|im_start|>" not in reply
         assert reply.strip()

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.controllability import bootstrap
 from benchmarks.controllability.bootstrap import Unit
 from benchmarks.controllability.figures import write_figures
-from benchmarks.controllability.methods import METHODS
+from benchmarks.controllability.methods import METHODS, SELFREG
 
 from selfreg.utils.files import atomic_path, read_json, write_json
 
@@ -88,7 +88,7 @@ def _figures(
         units = units_of(about, trials, own, own, name)
         figures["worst_group_accuracy"] = _spread([bootstrap.value(unit, "worst_group_accuracy") for unit in units])
     compared = ["accuracy", "worst_group_accuracy", *(["f1"] if about["score"] == "f1" else [])]
-    for reference in ("plain", "selfreg_random"):
+    for reference in ("plain", *(["selfreg_random"] if method in SELFREG else [])):
         if method != reference and reference in runs:
             units = units_of(about, trials, own, runs[reference], name)
             found = {figure: bootstrap.compare(units, figure) for figure in compared} if units else {}

@@ -128,3 +128,52 @@ def test_values_of_the_wrong_kind_are_named(row: dict[str, object], message: str
 
     with pytest.raises(RecipeError, match=message):
         check()
+
+
+def pairs(*rows: tuple[str | None, str | None]) -> list[dict[str, Any]]:
+    return [{"chosen": chosen, "rejected": rejected} for chosen, rejected in rows]
+
+
+class TestOtherTasks:
+    def test_many_labels(self, tmp_path: Path) -> None:
+        rows = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}, {"text": "c", "label": ["x"]}]
+        data = load_task(recipe(tmp_path, rows, [{"text": "d", "label": ["y"]}]), None, "multi_label")
+        assert data.labels == ["x", "y"]
+        assert data.train.labels == [[1, 1], [0, 0], [1, 0]]
+        assert data.train.of_texts(data.labels)[0] == ["x + y", "none", "x"]
+        with pytest.raises(RecipeError, match="data.eval.test: label 'z' is none of the training set's: x, y"):
+            load_task(recipe(tmp_path, rows, [{"text": "d", "label": ["z"]}]), None, "multi_label")
+        with pytest.raises(RecipeError, match="row 0 has the label 'x' .* it is a list of names"):
+            load_task(recipe(tmp_path, [{"text": "a", "label": "x"}], rows), None, "multi_label")
+
+    def test_numbers(self, tmp_path: Path) -> None:
+        rows = [{"text": str(i), "label": i / 2, "w": i} for i in range(10)]
+        data = load_task(recipe(tmp_path, rows, [{"text": "x", "label": 3}], weight="w"), None, "regression")
+        assert data.train.labels == [i / 2 for i in range(10)]
+        assert data.train.weights == list(range(10))
+        assert data.train.strata() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        with pytest.raises(RecipeError, match="with task regression it is a number"):
+            load_task(recipe(tmp_path, [{"text": "a", "label": "x"}], rows), None, "regression")
+        bad = [{**row, "w": -1 if i == 1 else 1} for i, row in enumerate(rows)]
+        with pytest.raises(RecipeError, match="data.weight: row 1 of 'train' holds -1"):
+            load_task(recipe(tmp_path, bad, rows, weight="w"), None, "regression")
+
+    def test_pairs(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        train = pairs(("a", "b"), ("c", "c"), ("a", "b"), ("d", "e"))
+        data = load_task(recipe(tmp_path, train, pairs(("a", "b"), ("x", "y"))), None, "preference")
+        assert len(data.train) == 2
+        assert "train: 1 pairs with the same text on both sides left out" in caplog.text
+        assert len(data.eval["test"]) == 1
+        assert data.train.prompts(lambda: None, "{text}") == ["a", "b", "d", "e"]
+        assert data.train.of_texts([])[0] == ["chosen", "rejected"] * 2
+        with pytest.raises(RecipeError, match="data 'train': row 1: the side 'rejected' is missing or empty"):
+            load_task(recipe(tmp_path, pairs(("a", "b"), ("c", None)), train), None, "preference")
+        with pytest.raises(RecipeError, match="every pair has the same text on both sides"):
+            load_task(recipe(tmp_path, pairs(("a", "a")), train), None, "preference")
+        with pytest.raises(RecipeError, match="there is no column 'chosen'"):
+            load_task(recipe(tmp_path, ROWS, ROWS), None, "preference")
+
+    def test_group_that_only_an_eval_set_has(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        test = [{"text": "x", "label": ROWS[0]["label"], "sex": "other"}]
+        load_task(recipe(tmp_path, ROWS, test, group="sex"), None)
+        assert "test: group 'other' never stands in the training set" in caplog.text

@@ -438,3 +438,80 @@ def test_each_part_by_itself(folder: Path, tmp_path: Path) -> None:
     assert len({json.dumps(figures[name]) for name in figures}) == len(figures)
     assert any("dependence" in row for row in histories["dependence_only"])
     assert not any("dependence" in row for row in histories["penalty_only"])
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> dict[str, str]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": str(path)}
+
+
+def _of_task(task: str, row: dict[str, Any], number: int) -> dict[str, Any]:
+    ill = row["label"] == "b"
+    if task == "multi_label":
+        return {**row, "label": ["ill"] * ill + ["odd"] * (number % 3 == 0)}
+    if task == "regression":
+        return {**row, "label": 37.0 + 2 * ill + number % 2, "importance": 1 + number % 2}
+    other = row["text"].replace("has", "has no")
+    return {"prompt": "who is ill ?", "chosen": row["text"], "rejected": other, "sex": row["sex"]}
+
+
+@pytest.mark.parametrize("task", ["multi_label", "regression", "preference"])
+def test_other_tasks_from_data_to_report(task: str, folder: Path, tmp_path: Path) -> None:
+    recipe = values(folder, tmp_path / "out", task=task, baselines=["plain", "focal", "leace", "tfidf"])
+    parts = {"train": notes(120, False, 0), "test": notes(60, False, 1), "shifted": notes(60, True, 2)}
+    files = {
+        name: _write(tmp_path / f"{name}.jsonl", [_of_task(task, row, i) for i, row in enumerate(rows)])
+        for name, rows in parts.items()
+    }
+    recipe["data"] |= {"train": files["train"], "eval": {name: files[name] for name in ("test", "shifted")}}
+    if task == "regression":
+        recipe["data"]["weight"] = "importance"
+    if task == "preference":
+        # The tiny tokenizer has no chat template.
+        recipe["backbone"]["template"] = "{text}"
+        recipe["features"] = {"random": 4}
+    metrics = run_recipe(Recipe.from_dict(recipe))
+    figures = metrics["methods"]["selfreg"]["shifted"]
+    assert set(FIGURES) <= set(figures)
+    wanted = {"multi_label": "auc", "regression": "r2", "preference": "accuracy"}[task]
+    assert figures[wanted] is not None
+    focal = metrics["methods"]["focal"]["test"]
+    assert (focal[wanted] is None) == (task == "regression")
+    assert set(focal) == set(figures)
+    assert (tmp_path / "out" / "report.html").exists()
+    assert metrics["groups"]["selfreg"]["test"]
+    model = RegularizedSequenceClassifier.from_pretrained(tmp_path / "out" / "classifier")
+    assert model.task == task
+    lines: list[str] = []
+    run_recipe(Recipe.from_dict(recipe), tell=lines.append)
+    assert all("done before" in line for line in lines if line.startswith("classifier"))
+
+
+def test_baselines_that_read_the_texts(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = values(folder, tmp_path / "out", baselines=["plain", "tfidf", "scrubbing", "zero_shot"])
+    recipe["features"] = {"keywords": ["he", "she", "man", "woman"]}
+    methods = run_recipe(Recipe.from_dict({**recipe, "instruction": "Patients."}))["methods"]
+    # The tiny model has no chat template, so that it can't be prompted.
+    assert set(methods["zero_shot"]["test"].values()) == {None}
+    assert "zero_shot left out" in caplog.text
+    assert methods["tfidf"]["test"]["accuracy"] > 0.7
+    assert methods["tfidf"]["test"]["unintended_use"] is None
+    assert methods["tfidf"]["test"]["unintended_dependence"] is not None
+    # Without the words of the attribute there is nothing else that tells it here.
+    assert methods["scrubbing"]["shifted"]["leakage"] < methods["tfidf"]["shifted"]["leakage"]
+    with pytest.raises(RecipeError, match="instruction: labels a, b say nothing to a language model"):
+        run_recipe(Recipe.from_dict(recipe))
+
+
+def test_weights_that_the_validation_loss_chooses(folder: Path, tmp_path: Path) -> None:
+    recipe = values(folder, tmp_path / "out", baselines=["plain", "dependence_only"])
+    recipe["classifier"] |= {"penalty_weight": "auto", "dependence_weight": "auto", "offset_weight": 0.5}
+    lines: list[str] = []
+    metrics = run_recipe(Recipe.from_dict(recipe), tell=lines.append)
+    assert metrics["methods"]["selfreg"]["test"]["accuracy"] > 0.6
+    path = json.loads((tmp_path / "out" / "classifier" / "weight_path.json").read_text())
+    assert len(path["points"]) == 10
+    assert path["points"][0]["figures"]["unintended_dependence"] is not None
+    assert (tmp_path / "out" / "classifier" / "weight_path.html").exists()
+    assert "How strict the rule is" in (tmp_path / "out" / "report.html").read_text()
+    assert run_recipe(Recipe.from_dict(recipe)) == metrics

@@ -7,11 +7,14 @@ import json
 import lzma
 import os
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.controllability.pool import Pool
+
+PLANTED_VARIANTS = ((0.8, 600), (1.0, 600), (0.95, 200))
+"""Of each planted shift beside a tie of 95 % in 600 texts: other strengths of the tie, and fewer texts."""
 
 
 def data_root() -> Path:
@@ -55,6 +58,12 @@ def where(rows: Iterable[dict[str, Any]], split: str) -> list[int]:
 def _datasets() -> dict[str, Callable[[], Pool]]:
     from benchmarks.controllability import found, tasks, ties
 
+    planted: dict[str, Callable[[], Pool]] = {}
+    for name in ties.PLANTED_INSTRUCTIONS:
+        planted[f"planted_{name}"] = partial(ties.planted, name)
+        for strength, size in PLANTED_VARIANTS:
+            variant = partial(ties.planted, name, strength=strength, size=size)
+            planted[f"planted_{name}_tie{round(100 * strength)}_{size}"] = variant
     return {
         "toxicchat": tasks.toxicchat,
         "preferences": tasks.preferences,
@@ -67,6 +76,7 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
         "dxy_age": ties.dxy_age,
         "davidson": found.davidson,
         "cebab_edits": found.cebab_edits,
+        **planted,
     }
 
 

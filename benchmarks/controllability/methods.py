@@ -25,6 +25,7 @@ from selfreg import (
     UnintendedFeatures,
 )
 from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head
+from selfreg.classifier.offset import attribute_offsets
 from selfreg.classifier.states import PooledStates
 from selfreg.evaluation.classifier import evaluate_head
 from selfreg.evaluation.metrics import evaluate_predictions, unintended_use
@@ -33,10 +34,19 @@ from selfreg.features.selection import attribute_strength
 from selfreg.utils.trainer import StepProgress
 
 _OFF: dict[str, Any] = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
+OFFSET = 0.75
+# The offset, and the terms as strong as the validation loss allows beside it.
+_OFFSET: dict[str, Any] = {"offset_weight": OFFSET, "penalty_weight": "auto", "dependence_weight": "auto"}
 SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg": ("attribute", {}),
     "selfreg_keywords": ("keywords", {}),
     "selfreg_random": ("random", {}),
+    "selfreg_offset": ("attribute", _OFFSET),
+    "selfreg_offset_keywords": ("keywords", _OFFSET),
+    "selfreg_offset_random": ("random", _OFFSET),
+    "offset_only": ("attribute", {**_OFF, "offset_weight": OFFSET}),
+    "offset_only_keywords": ("keywords", {**_OFF, "offset_weight": OFFSET}),
+    "offset_only_random": ("random", {**_OFF, "offset_weight": OFFSET}),
     "removal_only": ("attribute", {**_OFF, "remove_unintended": True}),
     "penalty_only": ("attribute", {k: v for k, v in _OFF.items() if k != "penalty_weight"}),
     "dependence_only": ("attribute", {k: v for k, v in _OFF.items() if k != "dependence_weight"}),
@@ -197,6 +207,10 @@ class Trial:
         args = replace(args, **changes)
         removed = unintended if args.remove_unintended else None
         train = self.states(self.rows.train, unintended, removed)
+        if args.offset_weight and choice == "attribute" and not self.pairs:
+            groups = [self.pool.group[row] for row in self.rows.train]
+            offsets = attribute_offsets(train.labels.tolist(), groups, len(self.pool.labels))
+            train = replace(train, offsets=args.offset_weight * offsets)
         model = self.classifier(unintended, bool(args.remove_unintended))
         return self._head(fit_head(method, model, args, train, callbacks=[StepProgress(method)]), removed)
 

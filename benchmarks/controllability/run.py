@@ -74,7 +74,7 @@ def main() -> None:
     if not given.summary:
         run(options)
     write_summary(options.output)
-    print(print(f"{options.output}: tables in RESULTS.md and results.json, pictures in figures/"))
+    print(f"{options.output}: tables in RESULTS.md and results.json, pictures in figures/")
 
 
 def run(options: Options) -> None:
@@ -223,7 +223,15 @@ def _key(base: list[Any], pool: Pool, seed: int) -> str:
 
 def _budget(folder: Path) -> list[Any]:
     args = head_arguments(folder, 0)
-    names = ("penalty_weight", "similarity", "dependence_weight", "learning_rate", "num_train_epochs", "weight_decay")
+    names = (
+        "penalty_weight",
+        "similarity",
+        "dependence_weight",
+        "offset_weight",
+        "learning_rate",
+        "num_train_epochs",
+        "weight_decay",
+    )
     return [getattr(args, name) for name in names]
 
 

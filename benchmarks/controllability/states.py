@@ -192,7 +192,9 @@ class Workshop:
         return Activations(**load_file(path))
 
     def keyword_features(self, pool: Pool, sae: SAEForFeatureExtraction) -> UnintendedFeatures:
-        """Features that peak on the keywords of a data set, in the texts of its training pool."""
+        """Features that peak on the keywords of a data set, in the texts of its training pool; none without any."""
+        if not pool.keywords:
+            return UnintendedFeatures.from_ids(sae, [])
         key = fingerprint_json(
             [sae_fingerprint(sae), fingerprint_strings(pool.corpus.texts), pool.pool, pool.keywords]
         )

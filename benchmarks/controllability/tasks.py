@@ -107,7 +107,7 @@ def preferences() -> Pool:
     rows = [row for row in read("preferences", *splits, text=text) if _usable(row)]
     rng = generator("preferences", 0)
     parts = {name: where(rows, name) for name in splits}
-    for name, count in (("train", 1_000), ("test", 400)):
+    for name, count in (("train", 700), ("test", 300)):
         short = [i for i in parts[name] if _characters(rows[i]) <= longest]
         parts[name] = sorted(draw(rng, short, count, f"preferences, {name}"))
     rows, parts = _keep(rows, parts)
@@ -128,7 +128,7 @@ def preferences() -> Pool:
         "preferences",
         "HH-RLHF, which reply people chose; unintended: the longer reply is the chosen one; keywords: polite and "
         "structuring boilerplate. LLMBar's adversarial pairs are the shift as found",
-        Corpus("preferences", texts, max_length=192, template=CHAT),
+        Corpus("preferences", texts, max_length=160, template=CHAT),
         [],
         [0] * len(rows),
         group,

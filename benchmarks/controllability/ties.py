@@ -7,6 +7,7 @@ read off there, because in the others the cells against the tie are small.
 from typing import Any
 
 from benchmarks.controllability.datasets import read, where
+from benchmarks.controllability.planted import KEYWORDS, make_planted, usual_values
 from benchmarks.controllability.pool import TIE, Corpus, Pool, Rows, draw, even, folded, generator, tied
 from benchmarks.controllability.tasks import (
     AGE_WORDS,
@@ -53,6 +54,8 @@ def tied_pool(
     test: list[int],
     size: int,
     eval_size: int,
+    *,
+    strength: float = TIE,
     **others: Any,
 ) -> Pool:
     """A pool with two groups whose rows follow `tie`, label -> group, in training.
@@ -62,6 +65,7 @@ def tied_pool(
         tie: label -> group.
         train, test: rows to draw from.
         size, eval_size: texts of the training set, and of each eval set.
+        strength: share of each label's texts that follow the tie.
     """
     names = sorted(set(tie.values()), key=str)
     if len(names) != 2:
@@ -72,10 +76,10 @@ def tied_pool(
         rng = generator(name, seed)
         from_train, from_test = pool.cells(train), pool.cells(test)
         return Rows(
-            tied(from_train, tie, size, rng),
+            tied(from_train, tie, size, rng, strength=strength),
             {
-                "test": tied(from_test, tie, eval_size, rng),
-                "shifted": tied(from_test, reverse, eval_size, rng),
+                "test": tied(from_test, tie, eval_size, rng, strength=strength),
+                "shifted": tied(from_test, reverse, eval_size, rng, strength=strength),
                 "even": even(from_test, len(test), rng),
             },
             even(from_train, size, rng),
@@ -83,6 +87,49 @@ def tied_pool(
 
     pool = Pool(name, about, corpus, labels, label, group, pool=train, rows=of_seed, **others)
     return pool
+
+
+PLANTED_INSTRUCTIONS = {
+    "tickets": "Each text is a ticket to customer support. The label says what it is about.",
+    "reviews": "Each text is a review of a hotel. The label says whether the guest was pleased.",
+    "applications": "Each text is a letter of application. The label says which field the applicant works in.",
+}
+PLANTED_TRAIN, PLANTED_TEST = 1_280, 480
+"""Texts of the pools: enough for 600 training texts of four labels at any tie."""
+
+
+def planted(name: str, *, strength: float = TIE, size: int = 600) -> Pool:
+    """One of the further planted shifts; see `planted.make_planted`.
+
+    Args:
+        name: one of `PLANTED_INSTRUCTIONS`.
+        strength: share of each label's texts that follow the tie.
+        size: training texts.
+    """
+    # Not one of the seeds that were looked at when the texts were written.
+    splits = make_planted(name, num_train=PLANTED_TRAIN, tie=0.5, seed=7, num_eval=PLANTED_TEST)
+    rows = [{**row, "split": split} for split in ("train", "test") for row in splits[split]]
+    labels, label = ids_of([row["label"] for row in rows])
+    usual = usual_values(name)
+    suffix = "" if (strength, size) == (TIE, 600) else f"_tie{round(100 * strength)}_{size}"
+    # Every eval set has as many texts as the reversed tie leaves of the smallest cell.
+    return tied_pool(
+        f"planted_{name}{suffix}",
+        f"written {name}, {len(labels)} labels, tied at {strength:.0%} in {size} training texts",
+        Corpus(f"planted_{name}", [row["text"] for row in rows]),
+        labels,
+        label,
+        [row["group"] for row in rows],
+        {labels.index(own): value for own, value in usual.items()},
+        where(rows, "train"),
+        where(rows, "test"),
+        size,
+        240 if len(labels) == 4 else 200,
+        strength=strength,
+        keywords=tuple(KEYWORDS[name] or ()),
+        instruction=PLANTED_INSTRUCTIONS[name],
+        kind="planted",
+    )
 
 
 def notes() -> Pool:

@@ -23,6 +23,8 @@ _LOCATIONS = {
     "RegularizedTrainer": "selfreg.classifier.trainer",
     "RegularizedTrainingArguments": "selfreg.classifier.training_args",
     "RegularizationMixin": "selfreg.classifier.regularizer",
+    "RegularizationArguments": "selfreg.classifier.arguments",
+    "head_inputs": "selfreg.classifier.head",
     "similarity_penalty": "selfreg.classifier.penalty",
     "evaluate_classifier": "selfreg.evaluation.classifier",
     "Recipe": "selfreg.recipe",
@@ -32,9 +34,11 @@ __all__ = ["__version__", *_LOCATIONS]
 if TYPE_CHECKING:
     from selfreg.activations.extractor import HiddenStateExtractor as HiddenStateExtractor
     from selfreg.activations.store import ActivationStore as ActivationStore
+    from selfreg.classifier.arguments import RegularizationArguments as RegularizationArguments
     from selfreg.classifier.configuration import (
         RegularizedSequenceClassifierConfig as RegularizedSequenceClassifierConfig,
     )
+    from selfreg.classifier.head import head_inputs as head_inputs
     from selfreg.classifier.modeling import RegularizedSequenceClassifier as RegularizedSequenceClassifier
     from selfreg.classifier.penalty import similarity_penalty as similarity_penalty
     from selfreg.classifier.regularizer import RegularizationMixin as RegularizationMixin

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from selfreg.activations.backbone import resolve_model
 from selfreg.activations.spec import HiddenStateSpec
+from selfreg.classifier.zero_shot import check_label_names
 from selfreg.data import TaskData
 from selfreg.evaluation.arrays import group_name
 from selfreg.features.chat import EndpointChatModel
@@ -47,6 +48,8 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
         )
     if features.rubric is not None:
         _of_key("features.rubric", lambda: _check_rubric(Rubric.load(features.rubric or ""), data.labels))
+    if "zero_shot" in recipe.baselines and recipe.task in ("single_label", "multi_label"):
+        _of_key("instruction", lambda: check_label_names(data.labels, recipe.instruction))
     if features.explainer is not None:
         _check_chat("features.explainer", features.explainer)
     for judge in features.judge or []:

@@ -1,8 +1,9 @@
 """Trains and measures the controlled classifier and its baselines, one after the other, on the same cached states."""
 
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,27 @@ from transformers import set_seed
 
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.store import ActivationStore
+from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.offset import attribute_offsets, unintended_offsets
+from selfreg.classifier.path import WeightPath, resolve_weights
+from selfreg.classifier.scrubbing import scrub, scrub_words
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.data import TaskData
-from selfreg.evaluation.classifier import evaluate_head, figure_names
+from selfreg.evaluation.classifier import evaluate_head, evaluate_logits, figure_names
+from selfreg.evaluation.path_chart import reliance, save_path
+from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.recipe import Recipe
+from selfreg.text_heads import TEXT_BASELINES, changed_texts, text_logits
 from selfreg.utils.files import atomic_folder
 from selfreg.utils.trainer import StepProgress
 
-_OFF = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
+logger = logging.getLogger(__name__)
+
+_OFF = {"penalty_weight": 0.0, "dependence_weight": 0.0, "offset_weight": 0.0, "remove_unintended": False}
 # Each of the three parts of selfreg by itself.
 _PARTS: dict[str, dict[str, Any]] = {
     "removal_only": {**_OFF, "remove_unintended": True},
@@ -38,6 +48,7 @@ class Heads:
         data: texts, labels and groups.
         stores: hidden states of the train and eval sets, by name.
         unintended: what must not be used.
+        catalog: the spans of its features, for the words that `scrubbing` takes out.
         extractor: gives the backbone; called only if a method is trained.
     """
 
@@ -47,17 +58,20 @@ class Heads:
         data: TaskData,
         stores: Mapping[str, ActivationStore],
         unintended: UnintendedFeatures,
+        catalog: FeatureCatalog,
         extractor: Callable[[], HiddenStateExtractor],
     ) -> None:
         self.recipe, self.data, self.stores = recipe, data, stores
-        self.unintended, self.extractor = unintended, extractor
+        self.unintended, self.catalog, self.extractor = unintended, catalog, extractor
         self.output = Path(recipe.output)
+        self.weight_path: WeightPath | None = None
         part = recipe.classifier
         self.args = RegularizedTrainingArguments(
             str(self.output / ".work" / "heads"),
-            penalty_weight=part.penalty_weight,  # type: ignore[arg-type]
+            penalty_weight=part.penalty_weight,
             similarity=part.similarity,
-            dependence_weight=part.dependence_weight,  # type: ignore[arg-type]
+            dependence_weight=part.dependence_weight,
+            offset_weight=part.offset_weight,
             remove_unintended=part.remove_unintended,
             weight_decay=part.weight_decay,
             num_train_epochs=part.epochs,
@@ -88,66 +102,142 @@ class Heads:
 
     @cached_property
     def with_removal(self) -> dict[str, PooledStates]:
-        return self._pool(remove=True)
+        return self._pool(self.stores, remove=True)
 
     @cached_property
     def without_removal(self) -> dict[str, PooledStates]:
-        return self._pool(remove=False)
+        return self._pool(self.stores, remove=False)
 
-    def _pool(self, *, remove: bool) -> dict[str, PooledStates]:
+    @cached_property
+    def scrubbed(self) -> dict[str, PooledStates] | None:
+        """Of the texts without the keywords; with the activations in the texts as they are."""
+        words = self.recipe.features.keywords or scrub_words(self.catalog, self.unintended.feature_ids)
+        if not words:
+            logger.warning("scrubbing left out: no words were found at the peaks of the unintended features")
+            return None
+        logger.info("scrubbing takes out: %s", ", ".join(words))
+        parts = (self.data.train, *self.data.eval.values())
+        texts = {part.name: changed_texts(part, partial(scrub, keywords=words)) for part in parts}
+        template, tokenizer = self.recipe.backbone.template, self.extractor().tokenizer
+        prompts = {name: part.prompts(lambda: tokenizer, template) for name, part in texts.items()}
+        pooled = self._pool(prompts, remove=False)
+        # What a decision depends on is measured in the texts that people wrote.
+        return {
+            name: replace(states, activations=self.without_removal[name].activations)
+            for name, states in pooled.items()
+        }
+
+    def _pool(self, texts: Mapping[str, Any], *, remove: bool) -> dict[str, PooledStates]:
         config = self.classifier.config
         as_it_was, config.remove_unintended = config.remove_unintended, remove
         try:
-            return self._pooled()
+            return {
+                part.name: self.classifier.pooled_states(
+                    texts[part.name],
+                    None if part.task == "preference" else part.labels,
+                    weights=part.weights,
+                    margins=part.margins if self.args.preference_loss == "bradley_terry" else None,
+                )
+                for part in (self.data.train, *self.data.eval.values())
+            }
         finally:
             config.remove_unintended = as_it_was
 
-    def _pooled(self) -> dict[str, PooledStates]:
-        data = self.data
-        return {
-            part.name: self.classifier.pooled_states(
-                self.stores[part.name],
-                None if part.task == "preference" else part.labels,
-                weights=part.weights,
-                margins=part.margins if self.args.preference_loss == "bradley_terry" else None,
-            )
-            for part in (data.train, *data.eval.values())
-        }
-
     def measure(self, name: str) -> dict[str, Any]:
         """Trains `name` and measures it on every eval set; saves the classifier where it is selfreg's."""
-        data = self.data
-        callbacks = [StepProgress(f"classifier {name}")]
         set_seed(self.recipe.seed)
-        head: FittedHead | None
-        if name in _PARTS:
-            args = replace(self.args, **_PARTS[name])
-            states = self.with_removal if args.remove_unintended else self.without_removal
-            head = fit_head(name, self._new_classifier(), args, states["train"], callbacks=callbacks)
-        elif name == "selfreg":
-            states = self.with_removal if self.args.remove_unintended else self.without_removal
-            head = fit_head(name, self.classifier, self.args, states["train"], callbacks=callbacks)
+        if name in TEXT_BASELINES:
+            return self._measure_texts(name)
+        head, states = self._fit(name)
+        if name == "selfreg":
             with atomic_folder(self.output / "classifier") as temporary:
                 self.classifier.save_pretrained(temporary)
+                if self.weight_path is not None:
+                    save_path(self.weight_path, temporary)
+        if head is None:
+            return self._nothing()
+        found = {
+            part.name: evaluate_head(head, states[part.name], self.unintended, part.groups)
+            for part in self.data.eval.values()
+        }
+        result = _result(found, head.history)
+        if name == "selfreg" and self.weight_path is not None:
+            result["weight_path"] = asdict(self.weight_path)
+        return result
+
+    def _with_offsets(
+        self, states: dict[str, PooledStates], args: RegularizedTrainingArguments
+    ) -> dict[str, PooledStates]:
+        """The training set with what is set aside: of the attribute, where features are chosen by one."""
+        train = self.data.train
+        if not args.offset_weight:
+            return states
+        if train.attribute is not None and train.task == "single_label":
+            offsets = attribute_offsets(train.labels, train.attribute, len(self.data.labels))
         else:
-            states = self.without_removal
-            config = self.classifier.config
-            head = fit_baseline(
-                name,
-                config,
-                self.args,
-                states["train"],
-                groups=data.train.groups,
-                directions=self.unintended.decoder_directions,
-                callbacks=callbacks,
+            offsets = unintended_offsets(train.task, states["train"], seed=self.recipe.seed)
+        return {**states, "train": replace(states["train"], offsets=args.offset_weight * offsets)}
+
+    def _choose_weights(self) -> None:
+        """Puts numbers in the place of "auto", for all of selfreg's methods alike."""
+        if AUTO in (self.args.penalty_weight, self.args.dependence_weight):
+            states = self.with_removal if self.args.remove_unintended else self.without_removal
+            states = self._with_offsets(states, self.args)
+            self.args, self.weight_path = resolve_weights(
+                self._new_classifier(), self.args, states["train"], measure=reliance
             )
-        figures: dict[str, Any] = {}
-        cells: dict[str, Any] = {}
-        for part in data.eval.values():
-            if head is None:
-                figures[part.name], cells[part.name] = dict.fromkeys(figure_names(self.recipe.task)), []
-            else:
-                figures[part.name], cells[part.name] = evaluate_head(
-                    head, states[part.name], self.unintended, part.groups
-                )
-        return {"figures": figures, "cells": cells, "history": head.history if head else []}
+            logger.info("chosen by validation loss: penalty_weight=%g, dependence_weight=%g", *self.args.term_weights)
+
+    def _fit(self, name: str) -> tuple[FittedHead | None, dict[str, PooledStates]]:
+        callbacks = [StepProgress(f"classifier {name}")]
+        if name == "selfreg" or name in _PARTS:
+            self._choose_weights()
+            args = replace(self.args, **_PARTS.get(name, {}))
+            states = self._with_offsets(self.with_removal if args.remove_unintended else self.without_removal, args)
+            model = self.classifier if name == "selfreg" else self._new_classifier()
+            return fit_head(name, model, args, states["train"], callbacks=callbacks), states
+        scrubbed = self.scrubbed if name == "scrubbing" else None
+        if name == "scrubbing" and scrubbed is None:
+            return None, {}
+        states = self.without_removal if scrubbed is None else scrubbed
+        head = fit_baseline(
+            "plain" if name == "scrubbing" else name,
+            self.classifier.config,
+            self.args,
+            states["train"],
+            groups=self.data.train.groups,
+            directions=self.unintended.decoder_directions,
+            callbacks=callbacks,
+        )
+        return head, states
+
+    def _measure_texts(self, name: str) -> dict[str, Any]:
+        logits = text_logits(name, self.recipe, self.data)
+        if logits is None:
+            return self._nothing()
+        names = dict(enumerate(self.data.labels))
+        found = {
+            part.name: evaluate_logits(
+                self.recipe.task,
+                logits[part.name],
+                self.without_removal[part.name],
+                self.unintended,
+                part.groups,
+                names,
+            )
+            for part in self.data.eval.values()
+        }
+        return _result(found, [])
+
+    def _nothing(self) -> dict[str, Any]:
+        """The figures of a method that does not apply."""
+        figures = dict.fromkeys(figure_names(self.recipe.task))
+        return _result({name: (figures, []) for name in self.data.eval}, [])
+
+
+def _result(found: Mapping[str, tuple[Any, Any]], history: list[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "figures": {name: figures for name, (figures, _) in found.items()},
+        "cells": {name: cells for name, (_, cells) in found.items()},
+        "history": history,
+    }

@@ -188,6 +188,12 @@ class ClassifierRecipe(_Part):
     penalty_weight: Weight = Field(1.0, description="A number, or auto: as strong as the validation loss allows.")
     similarity: Literal["encoder", "dot", "cosine", "subspace"] = "dot"
     dependence_weight: Weight = Field(30.0, description="Likewise.")
+    offset_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="How much of what the features alone say about the label is set aside in training.",
+    )
     remove_unintended: bool = True
     weight_decay: float = Field(2.0, ge=0, description="Of selfreg's classifier; l2 has its own, the others none.")
     epochs: float = Field(100, gt=0)
@@ -213,6 +219,10 @@ class Recipe(_Part):
     sae: SAERecipe = Field(default_factory=SAERecipe)
     features: FeaturesRecipe
     classifier: ClassifierRecipe = Field(default_factory=ClassifierRecipe)
+    instruction: str | None = Field(
+        None,
+        description="What the texts are and the labels mean, for the baseline zero_shot; null: the labels' names.",
+    )
     baselines: list[str] = Field(default_factory=lambda: list(BASELINES))
 
     @field_validator("baselines")

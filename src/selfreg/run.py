@@ -15,6 +15,7 @@ from selfreg.activations.backbone import resolve_model, source_fingerprint
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.store import ActivationStore
 from selfreg.checks import check_recipe, check_sae_source
+from selfreg.classifier.path import WeightPath
 from selfreg.data import TaskData, first_texts, load_task
 from selfreg.evaluation.report import ReportData, ReportFeature, write_report
 from selfreg.features.catalog import FORMAT_VERSION as CATALOG_FORMAT
@@ -91,7 +92,7 @@ class _Run:
         sae.to(default_device())  # type: ignore[arg-type]
         catalog = self._catalog(sae, stores["train"])
         unintended = self._unintended(sae, catalog, stores["train"])
-        methods = self._methods(unintended, stores)
+        methods = self._methods(unintended, catalog, stores)
         metrics = {
             "selfreg_version": __version__,
             "recipe_sha256": self.recipe.sha256(),
@@ -276,7 +277,9 @@ class _Run:
         self.tell(f"unintended features: {len(chosen)} of {len(catalog)}, chosen by {recipe.method}{again(there)}")
         return chosen
 
-    def _methods(self, unintended: UnintendedFeatures, stores: dict[str, ActivationStore]) -> dict[str, Any]:
+    def _methods(
+        self, unintended: UnintendedFeatures, catalog: FeatureCatalog, stores: dict[str, ActivationStore]
+    ) -> dict[str, Any]:
         recipe = self.recipe
         names = ["selfreg", *recipe.baselines]
         inputs = [
@@ -287,12 +290,13 @@ class _Run:
             self.data.train.fingerprint(),
             {name: part.fingerprint() for name, part in self.data.eval.items()},
         ]
-        heads = Heads(recipe, self.data, stores, unintended, lambda: self.extractor)
+        heads = Heads(recipe, self.data, stores, unintended, catalog, lambda: self.extractor)
         results = {}
         for name in names:
             outputs = (self.output / "classifier",) if name == "selfreg" else ()
+            own = {"zero_shot": recipe.instruction, "scrubbing": recipe.features.keywords}.get(name)
             results[name], there = self.stages.run(
-                f"method-{name}", [inputs, name], partial(heads.measure, name), outputs=outputs
+                f"method-{name}", [inputs, name, own], partial(heads.measure, name), outputs=outputs
             )
             first = next(iter(self.data.eval))
             key = "r2" if recipe.task == "regression" else "accuracy"
@@ -335,6 +339,7 @@ class _Run:
             features=features,
             versions={"selfreg": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            weight_path=WeightPath.from_dict(path) if (path := methods["selfreg"].get("weight_path")) else None,
         )
         write_report(self.output / "report.html", data)
 

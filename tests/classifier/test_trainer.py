@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
     HfArgumentParser,
@@ -24,6 +25,7 @@ from selfreg import (
     UnintendedFeatures,
 )
 from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head, focal_loss, leace_eraser
+from selfreg.classifier.collator import ClassifierCollator
 from selfreg.classifier.penalty import dependence_directions, dependence_term, similarity_penalty
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import held_constant
@@ -219,8 +221,10 @@ def test_stock_model_with_the_penalty(tmp_path: Path, texts: list[str]) -> None:
     )
     trainer.train()
     assert "similarity" in next(entry for entry in trainer.state.log_history if "loss" in entry)
-    with pytest.raises(ValueError, match="set dependence_weight=0 and leave remove_unintended out"):
-        RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=rows, unintended=unintended)
+    with pytest.raises(ValueError, match="remove_unintended takes features out of the states inside the model"):
+        RegularizedTrainer(
+            model=model, args=make_args(tmp_path, remove_unintended=True), train_dataset=rows, unintended=unintended
+        )
     with pytest.raises(ValueError, match="can't find the linear head of LlamaModel"):
         RegularizedTrainer(model=model.model, args=args, train_dataset=rows, unintended=unintended)
 
@@ -497,3 +501,16 @@ def test_what_a_trainer_script_gets_wrong_is_named(frozen: HiddenStateExtractor,
         RegularizedTrainer(model=model, args=make_args(tmp_path), train_dataset=stream)
     with pytest.raises(ValueError, match=r"id2label must map class ids to names, .* got \['no', 'yes'\]"):
         RegularizedSequenceClassifier.from_backbone(frozen, None, None, id2label=["no", "yes"])  # type: ignore[arg-type]
+
+
+def test_a_batch_of_states_is_that_of_its_rows() -> None:
+    rows = torch.arange(24.0)
+    states = PooledStates(
+        rows.view(12, 2), rows.view(12, 2), torch.arange(12), weights=rows[:12] / 7, margins=rows[:12]
+    )
+    pairs = PooledStates(rows.view(6, 2, 2), rows.view(6, 2, 2), torch.zeros(6, dtype=torch.long), margins=rows[:6])
+    for dataset in (states, pairs):
+        order = torch.randperm(len(dataset)).tolist()
+        batches = list(DataLoader(dataset, batch_size=4, sampler=order, collate_fn=ClassifierCollator(None)))  # type: ignore[arg-type,var-annotated]
+        for name, values in ClassifierCollator(None)([dataset[i] for i in order]).items():
+            assert torch.equal(torch.cat([batch[name] for batch in batches]), values), name

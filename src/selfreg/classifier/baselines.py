@@ -132,6 +132,7 @@ def fit_baseline(
         args,
         penalty_weight=0.0,
         dependence_weight=0.0,
+        offset_weight=0.0,
         remove_unintended=False,
         weight_decay=L2_WEIGHT_DECAY if name == "l2" else 0.0,
     )

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from selfreg.activations.conversation import render_pair
 from selfreg.activations.prompt import collate_prompts
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
-from selfreg.classifier.states import PooledBatch, PooledStates
+from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import as_targets
 from selfreg.utils.progress import progress
 
@@ -40,9 +40,9 @@ class ClassifierCollator:
         """The one that fits a classifier."""
         return cls(model.tokenizer, model.config.pad_id, model.config.template)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        if isinstance(rows, PooledBatch):
-            return dict(rows.columns)
+    def __call__(self, rows: Sequence[Mapping[str, Any]] | PooledStates) -> dict[str, Tensor]:
+        if isinstance(rows, PooledStates):
+            return rows.columns()
         first = rows[0]
         batch: dict[str, Any] = {}
         if "pooled" in first:

@@ -25,6 +25,9 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
         base_model_gguf_file (`str`, *optional*): GGUF file of the backbone.
         backbone_dtype (`str`, defaults to `"float32"`): dtype that the backbone was used in; the head is float32.
         backbone_saved (`bool`, defaults to `False`): whether the folder holds the backbone too, in `backbone/`.
+        adapter (`bool`, defaults to `False`): whether the folder holds a peft adapter of the backbone, in `adapter/`.
+        adapter_merged (`bool`, defaults to `False`): whether an adapter was merged into the backbone, which is then no
+            longer the one that is named.
         layer (`int` or `"final"`): layer whose states are used, counted from 0.
         pooling (`str`, defaults to `"mean"`): `"mean"`, `"last"` or `"cls"`.
         token_rule (`str`, defaults to `"text_no_sinks"`): which tokens count.
@@ -53,6 +56,8 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
     base_model_gguf_file: str | None = None
     backbone_dtype: str = "float32"
     backbone_saved: bool = False
+    adapter: bool = False
+    adapter_merged: bool = False
     layer: int | str = "final"
     pooling: str = "mean"
     token_rule: str = "text_no_sinks"

@@ -6,38 +6,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
-from transformers.modeling_outputs import SequenceClassifierOutput
 
-from selfreg.activations.backbone import hidden_states_at, load_backbone, resolve_model
 from selfreg.activations.extractor import HiddenStateExtractor
-from selfreg.activations.prompt import wrap_batch
-from selfreg.activations.store import ActivationStore
 from selfreg.classifier.assembly import check_parts, classifier_config, label_names, unintended_mask
+from selfreg.classifier.checkpoint import (
+    BACKBONE_PREFIX,
+    HUB_OPTIONS,
+    check_saved_whole,
+    load_tokenizer_of,
+    load_whole_backbone,
+    save_parts,
+)
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
-from selfreg.classifier.pooling import FeatureRows, pool_store, pool_texts, pool_tokens
-from selfreg.classifier.states import PooledStates
-from selfreg.classifier.tasks import Task, as_targets, num_logits, task_loss
+from selfreg.classifier.lora import Lora, add_adapter, check_plain, merge
+from selfreg.classifier.outputs import RegularizedClassifierOutput
+from selfreg.classifier.pooling_mixin import PoolingMixin
+from selfreg.classifier.tasks import Task, num_logits, task_loss
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.hub import UPLOAD_OPTIONS, upload_folder
 
-BACKBONE_FOLDER = "backbone"
-_BACKBONE_PREFIX = "backbone."
 
-
-class RegularizedSequenceClassifier(PreTrainedModel):
+class RegularizedSequenceClassifier(PoolingMixin, PreTrainedModel):
     """Backbone, pooling and a linear head `score`, with the rows of the unintended features.
 
     logits = score((pool(h') - mean) / scale), h' = h - Σ_c a_c(h) · W_dec[c] where the features are removed. `mean`
     and the one scalar `scale` are set from the training set (for `regression` those of the target too). It needs no
-    SAE to run. Of pairs (`preference`) it scores each side by itself.
+    SAE to run. Of pairs (`preference`) it scores each side by itself. With an adapter (LoRA) `backbone` is peft's
+    `PeftModel`, so that its methods are at hand there (`model.backbone.print_trainable_parameters()`).
 
     Args:
         config (`RegularizedSequenceClassifierConfig`): the configuration.
@@ -48,6 +46,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
     config_class = RegularizedSequenceClassifierConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     config: RegularizedSequenceClassifierConfig
     encoder_directions: Tensor
     encoder_bias: Tensor
@@ -76,7 +75,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             # Of the target, so that the weights of the terms mean the same whatever its unit.
             self.register_buffer("target_mean", torch.zeros(()))
             self.register_buffer("target_scale", torch.ones(()))
-        self.backbone: PreTrainedModel | None = None
+        self.backbone: Any = None
         self.tokenizer = tokenizer
         self.post_init()
         if backbone is not None:
@@ -108,9 +107,10 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         id2label: dict[int, str] | None = None,
         task: Task = "single_label",
         remove_unintended: bool = True,
+        lora: Lora | None = None,
     ) -> "RegularizedSequenceClassifier":
         """A classifier with an untrained head. The backbone is frozen: it is named when the classifier is saved, so
-        that what training changed in it would be lost.
+        that what training changed in it would be lost. An adapter is saved with the classifier.
 
         Args:
             extractor: backbone, layer, pooling, template and token rule.
@@ -121,11 +121,17 @@ class RegularizedSequenceClassifier(PreTrainedModel):
                 better of two texts).
             remove_unintended: take the features out of the hidden states; those that are unintended for some labels
                 only stay in, and are left to the two terms.
+            lora: adapt the backbone, up to the layer, while the head is trained: fields of `peft.LoraConfig`, such as
+                `{"r": 8}` (all linear layers, where `target_modules` is not given), or any `peft.PeftConfig` that
+                adapts layers. The extractor's own backbone stays as it is, and shares its weights. The adapter's
+                start is random: set a seed.
 
         Raises:
-            ValueError: the SAE or the features are of another width, layer or model, or the labels don't fit the task.
+            ValueError: the SAE or the features are of another width, layer or model, the labels don't fit the task, or
+                the adapter doesn't fit the backbone.
         """
         check_parts(extractor, sae, unintended)
+        check_plain(extractor.backbone, "the extractor")
         config = classifier_config(
             extractor,
             unintended,
@@ -134,18 +140,37 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             remove_unintended=remove_unintended,
         )
         extractor.backbone.requires_grad_(False)
-        model = cls(config, backbone=extractor.backbone, tokenizer=extractor.tokenizer)
+        backbone: Any = extractor.backbone
+        if lora is not None:
+            backbone = add_adapter(extractor.backbone, lora, extractor.spec)
+            config.adapter = True
+        model = cls(config, backbone=backbone, tokenizer=extractor.tokenizer)
         if unintended is not None:
             model.encoder_directions.copy_(unintended.encoder_directions)
             model.encoder_bias.copy_(unintended.encoder_bias)
             model.decoder_directions.copy_(unintended.decoder_directions)
         return model.to(extractor.device)  # type: ignore[arg-type]
 
-    def set_backbone(self, backbone: PreTrainedModel) -> None:
-        """Puts a language model under the head."""
+    def set_backbone(self, backbone: Any) -> None:
+        """Puts a language model under the head: a model of transformers, or peft's over one."""
         self.backbone = backbone
-        # The backbone is named in the config, not saved; with this the Trainer neither writes it nor misses it.
-        self._keys_to_ignore_on_save = {_BACKBONE_PREFIX + key for key in backbone.state_dict()}
+        # The backbone is named in the config, not saved, and an adapter has its own file; with this the Trainer
+        # neither writes them with the head nor misses them.
+        self._keys_to_ignore_on_save = {BACKBONE_PREFIX + key for key in backbone.state_dict()}
+
+    def merge_adapter(self) -> "RegularizedSequenceClassifier":
+        """Works the adapter into the backbone's weights, for faster inference: the logits stay the same.
+
+        The backbone is then no longer the one that the config names, so that it is saved with `save_backbone=True`.
+
+        Raises:
+            ValueError: there is no adapter, or peft can't merge this kind.
+        """
+        if not self.config.adapter:
+            raise ValueError("the classifier has no adapter to merge: from_backbone(..., lora={'r': 8}) makes one")
+        self.set_backbone(merge(self._require_backbone()))
+        self.config.adapter, self.config.adapter_merged = False, True
+        return self
 
     @property
     def backbone_is_frozen(self) -> bool:
@@ -190,6 +215,7 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         pooled: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         return_dict: bool | None = None,
+        output_pooled: bool = False,
     ) -> Any:
         """
         Args:
@@ -199,16 +225,18 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             pooled (`[batch, hidden_size]`): cached states from `pooled_states`, instead of texts.
             token_type_ids: taken for the sake of tokenizers that give them, and not used.
             return_dict: as in transformers.
+            output_pooled: give the pooled states and the activations of the unintended features too.
 
         Returns:
-            `SequenceClassifierOutput` with `logits` `[batch, num_labels]`, and the mean cross-entropy with labels.
+            `RegularizedClassifierOutput` with `logits` `[batch, num_labels]`, and the mean cross-entropy with labels.
         """
         if (pooled is None) == (input_ids is None):
             raise ValueError("give either input_ids or pooled states")
+        activations = None
         if input_ids is not None:
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
-            pooled, _ = self.pool(input_ids, attention_mask)
+            pooled, activations = self.pool(input_ids, attention_mask)
         assert pooled is not None
         logits = self.logits(pooled)
         loss = None
@@ -216,7 +244,9 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             loss = task_loss(self.task, logits, labels, target_scale=self.loss_scale)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        if not output_pooled:
+            return RegularizedClassifierOutput(loss=loss, logits=logits)
+        return RegularizedClassifierOutput(loss, logits, pooled=pooled, unintended_activations=activations)
 
     def logits(self, pooled: Tensor) -> Tensor:
         """Raw pooled states `[N, D]` (pairs `[N, 2, D]`) -> logits `[N, L]` (pairs `[N, 2]`)."""
@@ -256,113 +286,10 @@ class RegularizedSequenceClassifier(PreTrainedModel):
             self.target_mean.copy_(labels.double().mean())
             self.target_scale.copy_(spread)
 
-    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Texts as the tokenizer gives them -> raw pooled states `[batch, hidden_size]`, after removal where it is on,
-        and the largest activation of each unintended feature `[batch, U]`."""
-        config = self.config
-        backbone = self._require_backbone()
-        batch = wrap_batch(config.layout(), input_ids, attention_mask, config.pad_id)
-        empty = (~batch.text_mask.any(dim=1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"text {empty[0]} of the batch is empty: it has no token to take a state from")
-        hidden = hidden_states_at(
-            backbone,
-            config.layer,  # type: ignore[arg-type]
-            batch.input_ids,
-            batch.attention_mask,
-        ).float()
-        return pool_tokens(config, hidden, batch, self._rows())
-
-    def pooled_states(
-        self,
-        texts: Any,
-        labels: Any,
-        *,
-        activations_of: UnintendedFeatures | None = None,
-        weights: Any = None,
-        margins: Any = None,
-    ) -> PooledStates:
-        """Runs the backbone over texts once.
-
-        Args:
-            texts: strings, or an `ActivationStore` of the same backbone, layer and settings. For `preference` the two
-                sides of each pair one after the other, the chosen one first: 2N texts; see `render_pairs`.
-            labels: class ids `[N]`; `[N, L]` of 0 and 1 (`multi_label`); numbers `[N]` (`regression`); None for pairs.
-            activations_of: features whose activations to note; the classifier's own if None.
-            weights (`[N]`, *optional*): weight of each text (or pair) in the loss.
-            margins (`[N]`, *optional*): of pairs: by how much the chosen side should win at least.
-
-        Raises:
-            ValueError: an empty text, a label that is no class id, or a store of other states.
-        """
-        rows = self._rows()
-        if activations_of is not None:
-            rows = rows._replace(
-                watched_directions=activations_of.encoder_directions,
-                watched_bias=activations_of.encoder_bias,
-                watched_norm=activations_of.input_norm,
-            ).to(self.score.weight.device)
-        with torch.inference_mode():
-            if isinstance(texts, ActivationStore):
-                pooled, activations = pool_store(self.config, texts, rows)
-            else:
-                pooled, activations = pool_texts(self.config, self.extractor(), list(texts), rows)
-        # Copies: tensors of inference mode could not be trained on.
-        pooled, activations = pooled.clone(), activations.clone()
-        if self.task == "preference":
-            if len(pooled) % 2:
-                raise ValueError(
-                    f"{len(pooled)} texts can't be pairs: give the chosen and the rejected one of each pair"
-                )
-            pooled, activations = pooled.unflatten(0, (-1, 2)), activations.unflatten(0, (-1, 2))
-            labels = [0] * len(pooled)
-        return PooledStates(
-            pooled,
-            activations,
-            as_targets(self.task, labels, self.score.out_features, "labels"),
-            removed=self.config.remove_unintended,
-            weights=_column(weights),
-            margins=_column(margins),
-        )
-
-    def _rows(self) -> FeatureRows:
-        mask = self.unintended_mask
-        decoder = self.decoder_directions
-        if mask is not None:
-            # What is unintended for some labels only can't be taken out of the one state that all labels read.
-            decoder = decoder * mask.all(dim=0).unsqueeze(1).to(decoder)
-        return FeatureRows(self.encoder_directions, self.encoder_bias, decoder, self.config.input_norm)
-
-    def extractor(self) -> HiddenStateExtractor:
-        """The extractor that gives the states this classifier reads."""
-        if self.tokenizer is None:
-            raise ValueError("the classifier has no tokenizer: load it with from_pretrained, or set model.tokenizer")
-        spec = self.config.hidden_state_spec()
-        return HiddenStateExtractor(
-            self._require_backbone(),
-            self.tokenizer,
-            layer=spec.layer,
-            pooling=self.config.pooling,  # type: ignore[arg-type]
-            max_length=spec.max_length,
-            template=spec.template,
-            token_rule=spec.token_rule,
-            name=spec.model,
-            revision=spec.revision,
-            gguf_file=spec.gguf_file,
-        )
-
-    def _require_backbone(self) -> PreTrainedModel:
-        if self.backbone is None:
-            raise ValueError(
-                "this classifier was loaded without its backbone, so that it takes pooled states only; load it with "
-                "from_pretrained to get both"
-            )
-        return self.backbone
-
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], *, save_backbone: bool = False, **kwargs: Any
     ) -> None:
-        """Writes head, feature rows, config and tokenizer.
+        """Writes head, feature rows, config and tokenizer; and the adapter in peft's own format, in `adapter/`.
 
         Args:
             save_directory: the folder.
@@ -372,19 +299,13 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         Raises:
             ValueError: the backbone has parameters that are trained, and would not be saved.
         """
-        if not (self.backbone_is_frozen or save_backbone):
-            raise ValueError(
-                "the backbone has trainable parameters, and only its name would be saved: save_backbone=True saves "
-                "it too, model.backbone.requires_grad_(False) says that it is as it was"
-            )
+        check_saved_whole(self.config, self.backbone, save_backbone=save_backbone)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.backbone_saved = save_backbone
         push, hub = kwargs.pop("push_to_hub", False), {k: kwargs.pop(k) for k in UPLOAD_OPTIONS if k in kwargs}
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        if save_backbone:
-            self._require_backbone().save_pretrained(folder / BACKBONE_FOLDER)
+        of_parts = {name: kwargs[name] for name in ("state_dict", "is_main_process") if name in kwargs}
+        save_parts(folder, self.config, self.backbone, self.tokenizer, save_backbone=save_backbone, **of_parts)
         super().save_pretrained(folder, **kwargs)
         if push:
             # transformers uploads what its own save_pretrained wrote, which is neither tokenizer nor backbone.
@@ -397,22 +318,25 @@ class RegularizedSequenceClassifier(PreTrainedModel):
         *model_args: Any,
         backbone: PreTrainedModel | None = None,
         load_backbone_weights: bool = True,
+        is_trainable: bool = False,
         **kwargs: Any,
     ) -> "RegularizedSequenceClassifier":
-        """Loads a classifier and its backbone.
+        """Loads a classifier, its backbone and its adapter.
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub id.
-            backbone: the backbone, if it is in memory already.
+            backbone: the backbone without the adapter, if it is in memory already; it stays as it is.
             load_backbone_weights: False for the head alone, which takes cached states.
+            is_trainable: train the adapter on, as in peft; False: it is frozen as the backbone is.
             kwargs: as in transformers; `dtype`, `device_map` and `attn_implementation` are the backbone's. The head
                 stays float32 and goes where the backbone is.
 
         Raises:
             ValueError: the folder lacks weights of the head.
+            FileNotFoundError: the folder lacks the adapter.
         """
         dtype = kwargs.pop("dtype", None)
-        of_backbone = {k: kwargs.pop(k) for k in ("attn_implementation", "device_map") if k in kwargs}
+        of_backbone: dict[str, Any] = {k: kwargs.pop(k) for k in ("attn_implementation", "device_map") if k in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, dtype=torch.float32, output_loading_info=True, **kwargs
@@ -423,44 +347,22 @@ class RegularizedSequenceClassifier(PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks {', '.join(sorted(info['missing_keys']))}: it is not a whole "
                 "classifier; save it again"
             )
-        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         if load_backbone_weights:
-            if backbone is None:
-                backbone = model._load_backbone(pretrained_model_name_or_path, dtype, hub, of_backbone)
-            model.set_backbone(backbone)
-            _move_head(model, backbone.device)
-        try:
-            model.tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
-        except (OSError, ValueError):
-            # A head alone is still good for cached states; what needs a tokenizer says so.
-            model.tokenizer = None
+            whole = load_whole_backbone(
+                pretrained_model_name_or_path,
+                model.config,
+                backbone,
+                dtype=dtype,
+                is_trainable=is_trainable,
+                hub=hub,
+                options=of_backbone,
+            )
+            model.set_backbone(whole)
+            _move_head(model, whole.device)
+        model.tokenizer = load_tokenizer_of(pretrained_model_name_or_path, hub)
         model.eval()
         return (model, info) if wants_info else model  # type: ignore[return-value]
-
-    def _load_backbone(
-        self, path: str | os.PathLike[str], dtype: Any, hub: dict[str, Any], options: dict[str, Any]
-    ) -> PreTrainedModel:
-        config = self.config
-        if dtype is None or dtype == "auto":
-            dtype = config.backbone_dtype
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        if config.backbone_saved:
-            backbone = AutoModel.from_pretrained(path, subfolder=BACKBONE_FOLDER, dtype=dtype, **hub, **options)
-            backbone.requires_grad_(False)
-            return backbone.eval()
-        if config.base_model_name_or_path is None:
-            raise ValueError("the config names no backbone (base_model_name_or_path): pass one with backbone=")
-        source = resolve_model(
-            config.base_model_name_or_path,
-            revision=config.base_model_revision,
-            gguf_file=config.base_model_gguf_file,
-        )
-        return load_backbone(source, layer=config.layer, dtype=dtype, **options)  # type: ignore[arg-type]
-
-
-def _column(values: Any) -> Tensor | None:
-    return None if values is None else torch.as_tensor(values, dtype=torch.float32)
 
 
 def _move_head(model: RegularizedSequenceClassifier, device: torch.device) -> None:

@@ -1,70 +1,150 @@
 """RegularizationMixin: the two extra terms of the loss in anybody's Trainer."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
+from selfreg.activations.store import save_tensors
+from selfreg.classifier.arguments import RegularizationArguments
+from selfreg.classifier.assembly import label_mask
+from selfreg.classifier.head import HeadRead, find_head, read_batch, reading, text_states, unwrapped
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.penalty import feature_activations
+from selfreg.classifier.running import RunningDependence, RunningScale, batch_constant
+from selfreg.classifier.tasks import Task
 from selfreg.classifier.terms import Regularizer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
+from selfreg.features.selection import UnintendedFeatures
+from selfreg.utils.progress import progress
 from selfreg.utils.trainer import PartsTrainer
 
-_HEADS = ("score", "classifier.out_proj", "classifier")
-
-
-def find_head(model: nn.Module) -> nn.Linear:
-    """The one linear layer that gives the logits: `score`, `classifier` or `classifier.out_proj`.
-
-    Raises:
-        ValueError: there is none; names the modules that were looked at.
-    """
-    modules = dict(model.named_modules())
-    for name in _HEADS:
-        head = modules.get(name)
-        if isinstance(head, nn.Linear):
-            return head
-    seen = ", ".join(f"{name} ({type(module).__name__})" for name, module in model.named_children())
-    raise ValueError(
-        f"can't find the linear head of {type(model).__name__}: looked for {', '.join(_HEADS)}; the model has {seen}"
-    )
+STATISTICS_NAME = "regularization.safetensors"
 
 
 class RegularizationMixin(PartsTrainer):
-    """Adds the similarity penalty to any `Trainer`: `class MyTrainer(RegularizationMixin, SomeTrainer)`.
+    """Keeps the head of a classifier off the unintended features, in any `Trainer`.
+
+        class RegularizedRewardTrainer(RegularizationMixin, RewardTrainer): ...
+
+        RegularizedRewardTrainer(model, args, train_dataset=pairs, unintended=unintended)
+
+    The model's head must be one linear layer. Its weights are measured over standardised states: they are multiplied
+    with the spread of the states that it reads, so that the weights of the terms mean the same whatever the model.
+
+    The dependence term needs the features' activations in those states. Where nothing but the head trains, one pass
+    over the training set before training measures them exactly; else they are a running estimate, which is saved with
+    each checkpoint.
+
+    The features must be of the states that the head reads. For decoders those are of `layer="final"`; for heads with a
+    pooler or a dense layer before them see [`head_inputs`]. Training that moves the backbone moves the states away
+    from the features, too: they say most of a frozen backbone, or of a model that was already fine-tuned.
 
     Args:
-        args: a [`RegularizedTrainingArguments`].
-        unintended: what the head must not use, found on the states that the head reads. A
-            [`RegularizedSequenceClassifier`] brings its own.
+        args, kwargs: those of the Trainer that this is mixed into.
+        unintended: what the head must not use. A [`RegularizedSequenceClassifier`] brings its own.
+        regularization: weights of the terms; None: those of the training arguments, where they are
+            [`RegularizationArguments`] too, else the defaults.
+        head: name of the head's layer, where it is none of `score`, `classifier` and `classifier.out_proj`.
 
     Raises:
-        ValueError: no head is found, the features have another width, or a dependence weight is set for a model whose
-            states selfreg can't see.
+        ValueError: no head is found, it doesn't train, or the features are none of the states that it reads.
     """
 
-    args: RegularizedTrainingArguments
+    model: Any
+    args: Any
 
     def __init__(
-        self, model: Any, args: RegularizedTrainingArguments, *pos: Any, unintended: Any = None, **kwargs: Any
+        self,
+        *args: Any,
+        unintended: UnintendedFeatures | None = None,
+        regularization: RegularizationArguments | None = None,
+        head: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, args, *pos, **kwargs)
-        own = isinstance(model, RegularizedSequenceClassifier)
+        given = kwargs["model"] if "model" in kwargs else next(iter(args), None)
+        own = isinstance(given, RegularizedSequenceClassifier)
+        # Before a Trainer loads a model or tokenises a data set.
         if own and unintended is not None:
             raise ValueError("a RegularizedSequenceClassifier brings its own unintended features: leave them out here")
-        if own:
-            unintended = model.unintended
-        elif unintended is None:
-            raise ValueError("give unintended=, the features that the head must not use")
-        elif args.dependence_weight or args.remove_unintended:
+        if not own and not isinstance(unintended, UnintendedFeatures):
             raise ValueError(
-                f"dependence_weight and remove_unintended need the states inside the model; with "
-                f"{type(model).__name__} set dependence_weight=0 and leave remove_unintended out, or use "
-                "RegularizedSequenceClassifier.from_backbone"
+                f"unintended={unintended!r} must be UnintendedFeatures, those that the head must not use: "
+                "UnintendedFeatures.from_pretrained(folder), or one of its other from_... methods"
             )
-        width = find_head(model).in_features
-        if unintended.hidden_size != width:
-            raise ValueError(f"the unintended features have width {unintended.hidden_size}, the head reads {width}")
-        self.regularizer = Regularizer(unintended, args, model.unintended_mask if own else None)
+        super().__init__(*args, **kwargs)
+        if isinstance(self.args, RegularizationArguments):
+            if regularization is not None:
+                raise ValueError(
+                    f"{type(self.args).__name__} carries the weights of the terms: leave regularization= out"
+                )
+            regularization = self.args
+        self.regularization = regularization or RegularizationArguments()
+        self.head_name = head
+        features: Any = self.model.unintended if own else unintended
+        self.unintended: UnintendedFeatures = features
+        mask = self.model.unintended_mask if own else self._check_stock()
+        self.regularizer = Regularizer(self.unintended, self.regularization, mask)
+        # A classifier of selfreg standardises its states itself, and its Trainer measures them.
+        self._measures = not own and not self.regularizer.empty
+        self._checked = False
+        self._num_items: Tensor | int | None = None
+        self._start_statistics(whole=False)
+        if self._measures:
+            self.add_callback(_SavesStatistics(self))
+
+    def _check_stock(self) -> Tensor | None:
+        """For which labels the features are unintended; raises where they don't fit a stock model's head."""
+        model, head = unwrapped(self.model), find_head(self.model, self.head_name)
+        kind = type(model).__name__
+        if isinstance(self.args, RegularizedTrainingArguments) and self.args.remove_unintended:
+            raise ValueError(
+                f"remove_unintended takes features out of the states inside the model, which selfreg can't do in "
+                f"{kind}: leave it out, or use RegularizedSequenceClassifier.from_backbone"
+            )
+        if not head.weight.requires_grad:
+            raise ValueError(
+                f"the head of {kind} is frozen, so that nothing keeps it off the features: train it; with peft "
+                "task_type='SEQ_CLS', or the head's name in modules_to_save"
+            )
+        if self.unintended.hidden_size != head.in_features:
+            raise ValueError(
+                f"the unintended features have width {self.unintended.hidden_size}, the head reads {head.in_features}"
+            )
+        spec = self.unintended.spec
+        if spec is not None and spec.layer != "final":
+            raise ValueError(
+                f"the unintended features are of layer {spec.layer}, which the head of {kind} does not read: find "
+                "them on layer='final', or on selfreg.head_inputs(model, batches)"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError("start one process for each GPU: accelerate launch, or CUDA_VISIBLE_DEVICES=0")
+        if self.unintended.labels is None:
+            return None
+        names = _label_names(model, head.out_features)
+        unknown = sorted({name for own in self.unintended.labels for name in own or []} - set(names))
+        if unknown:
+            raise ValueError(
+                f"a feature is unintended for the label {unknown[0]!r}, which is none of the model's: "
+                f"{', '.join(names)} (config.id2label)"
+            )
+        mask = label_mask(self.unintended.labels, names)
+        return None if mask is None else torch.from_numpy(mask)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self._measures:
+            # Once more with each training: what was frozen in the last one may train in this.
+            self._start_statistics(whole=self._only_the_head_trains() and has_length(self.train_dataset))
+            if self._measured_before:
+                self._measure_all()
+            elif resume_from_checkpoint:
+                self._load_statistics(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -74,25 +154,197 @@ class RegularizationMixin(PartsTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task loss plus both terms; in evaluation the task loss alone."""
-        task_loss, outputs = self.task_loss(model, inputs)
-        loss = task_loss
-        if model.training:
-            # From the model that this step was given: a wrapper may hold the weights in another form.
-            similarity, dependence = self.regularizer(find_head(self.accelerator.unwrap_model(model)).weight)
-            loss = (
-                task_loss
-                + self.regularizer.penalty_weight * similarity
-                + self.regularizer.dependence_weight * dependence
-            )
-            self.parts.add(task_loss=task_loss)
-            # A zero that stands for "not measured" would read as "perfect".
-            if not self.regularizer.empty:
-                self.parts.add(similarity=similarity)
-            if len(self.regularizer.dependence_directions):
-                self.parts.add(dependence=dependence)
+        self._num_items = num_items_in_batch
+        if not model.training:
+            loss, outputs = self.task_loss(model, inputs)
+            return (loss, outputs) if return_outputs else loss
+        # From the model that this step was given: a wrapper may hold the weights in another form.
+        head = find_head(model, self.head_name)
+        batch = dict(inputs)
+        with reading(head) as read:
+            task_loss, outputs = self.task_loss(model, inputs)
+        weight = head.weight
+        if self._measures:
+            if not self._measured_before:
+                self._follow(model, batch, read)
+            weight = weight.float() * self._scale.scale.to(weight.device)
+        similarity, dependence = self.regularizer(weight)
+        terms = self.regularizer.penalty_weight * similarity + self.regularizer.dependence_weight * dependence
+        self.parts.add(task_loss=task_loss)
+        # A zero that stands for "not measured" would read as "perfect".
+        if not self.regularizer.empty:
+            self.parts.add(similarity=similarity)
+        if len(self.regularizer.dependence_directions):
+            self.parts.add(dependence=dependence)
+        if self._task_loss_is_scaled():
+            terms = terms / self.current_gradient_accumulation_steps
+        loss = task_loss + terms
         return (loss, outputs) if return_outputs else loss
 
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
         """The loss without the two terms, and the outputs of the model: that of the Trainer this is mixed into."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=self._num_items)
         return loss, outputs
+
+    def dependence_rows(
+        self, inputs: Mapping[str, Any], states: Tensor, activations: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the dependence is measured on, of a batch; for a Trainer with another kind of batch to override.
+
+        `labels` are held constant. A batch without labels, and a head of one logit, are pairs as TRL's RewardTrainer
+        has them: all chosen sides, then all rejected ones.
+
+        Args:
+            inputs: the batch.
+            states (`[B, D]`): what the head read.
+            activations (`[B, U]`): of the unintended features in them.
+
+        Returns:
+            states `[N, D]` and activations `[N, U]` (for pairs chosen less rejected), and what is held constant
+            `[N, P]`; see [`RunningDependence`].
+
+        Raises:
+            ValueError: there are neither labels nor pairs.
+        """
+        labels, num_logits = inputs.get("labels"), find_head(self.model, self.head_name).out_features
+        if labels is None:
+            if num_logits != 1 or len(states) % 2:
+                raise ValueError(
+                    f"{type(self).__name__} has batches without 'labels' that are no pairs either: override "
+                    "dependence_rows, or set dependence_weight=0"
+                )
+            states, activations = (chosen - rejected for chosen, rejected in _halves(states, activations))
+            return states, activations, states.new_ones(len(states), 1)
+        task: Task = "single_label"
+        if num_logits == 1:
+            task, labels = "regression", labels.reshape(-1)
+        elif labels.ndim == 2:
+            task = "multi_label"
+        return states, activations, batch_constant(task, labels, num_logits)
+
+    def _start_statistics(self, *, whole: bool) -> None:
+        self._measured_before = whole
+        self._scale = RunningScale(1.0 if whole else self.regularization.dependence_momentum)
+        # How much is held constant is known with the first batch.
+        self._dependence: RunningDependence | None = None
+
+    def _new_dependence(self, num_constant: int) -> RunningDependence:
+        sizes = len(self.unintended), self.unintended.hidden_size, num_constant
+        if self._measured_before:
+            return RunningDependence(*sizes, momentum=1.0, min_texts=1)
+        return RunningDependence(*sizes, self.regularization.dependence_momentum)
+
+    def _only_the_head_trains(self) -> bool:
+        own = {id(parameter) for parameter in find_head(self.model, self.head_name).parameters()}
+        return all(id(parameter) in own for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def _measure_all(self) -> None:
+        """Scale and dependence over the whole training set: without forgetting, they are the closed form."""
+        # The order of the training's batches must not hang on this pass.
+        with torch.random.fork_rng(devices=[]):
+            loader = self.get_eval_dataloader(self.train_dataset)
+            with progress("what the head reads", len(loader), "batches") as advance:
+                for batch in loader:
+                    inputs = self._prepare_inputs(batch)
+                    self._take_in(inputs, self._checked_read(self.model, inputs).states)
+                    advance(1)
+        self._set_directions()
+
+    def _follow(self, model: Any, inputs: dict[str, Any], read: list[Tensor]) -> None:
+        """The running estimates, with what the head read in this step."""
+        if not self._checked:
+            self._checked_read(self.accelerator.unwrap_model(model), inputs)
+        if len(read) != 1:
+            raise ValueError(
+                f"the head ran {len(read)} times in one loss of {type(self).__name__}: selfreg needs one forward pass "
+                "a batch"
+            )
+        states = text_states(read[0], unwrapped(model), inputs)
+        self._take_in(inputs, states)
+        self._set_directions()
+
+    def _checked_read(self, model: Any, inputs: Mapping[str, Any]) -> HeadRead:
+        read = read_batch(model, inputs, self.head_name)
+        self._checked = True
+        if self.unintended.spec is not None and not read.are_final:
+            raise ValueError(
+                f"the head of {type(unwrapped(model)).__name__} does not read the final hidden states that the "
+                "unintended features are of, but what a pooler or a dense layer makes of them: find features on "
+                "selfreg.head_inputs(model, batches)"
+            )
+        return read
+
+    @torch.no_grad()
+    def _take_in(self, inputs: Mapping[str, Any], states: Tensor) -> None:
+        states = states.float()
+        self._scale.update(states, self.accelerator.reduce)
+        if not self.regularizer.dependence_weight:
+            return
+        features = self.unintended
+        activations = feature_activations(
+            states,
+            features.encoder_directions.to(states),
+            features.encoder_bias.to(states),
+            features.input_norm,
+        )
+        states, activations, constant = self.dependence_rows(inputs, states, activations)
+        if self._dependence is None:
+            self._dependence = self._new_dependence(constant.shape[1])
+        self._dependence.update(states, activations, constant, self.accelerator.reduce)
+
+    def _set_directions(self) -> None:
+        if self._dependence is not None:
+            directions = self._dependence.directions
+            self.regularizer.dependence_directions = directions / self._scale.scale.to(directions)
+
+    def _task_loss_is_scaled(self) -> bool:
+        """Whether the Trainer takes the loss for one that is already divided by the number of micro-batches."""
+        # Trainers of transformers before 5.24 have no such attribute.
+        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        return self.compute_loss_func is not None if said is None else said
+
+    def save_statistics(self, folder: Path) -> None:
+        """Writes the running estimates into a checkpoint; nothing where the statistics were measured before."""
+        if self._measured_before:
+            return
+        parts = {"scale": self._scale.state_dict()}
+        if self._dependence is not None:
+            parts["dependence"] = self._dependence.state_dict()
+        tensors = {f"{part}.{name}": t.contiguous().cpu() for part, own in parts.items() for name, t in own.items()}
+        save_tensors(folder / STATISTICS_NAME, tensors)
+
+    def _load_statistics(self, checkpoint: str | bool) -> None:
+        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
+        path = Path(str(folder)) / STATISTICS_NAME
+        if not path.exists():
+            # Of a run without the mixin: they are estimated anew.
+            return
+        parts: dict[str, dict[str, Tensor]] = {"scale": {}, "dependence": {}}
+        for key, tensor in load_file(path).items():
+            part, name = key.split(".")
+            parts[part][name] = tensor
+        self._scale.load_state_dict(parts["scale"])
+        if parts["dependence"] and self.regularizer.dependence_weight:
+            self._dependence = self._new_dependence(len(parts["dependence"]["constant_states"]))
+            self._dependence.load_state_dict(parts["dependence"])
+
+
+class _SavesStatistics(TrainerCallback):
+    def __init__(self, trainer: RegularizationMixin) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self.trainer.save_statistics(folder)
+
+
+def _label_names(model: nn.Module, num_logits: int) -> list[str]:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"features that are unintended for some labels only need config.id2label: {type(model)}")
+    names: dict[Any, str] = dict(model.config.id2label or {})
+    return [names[i] for i in range(num_logits)]
+
+
+def _halves(*tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(half[0], half[1]) for half in (tensor.chunk(2) for tensor in tensors)]

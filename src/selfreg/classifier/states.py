@@ -2,32 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class PooledBatch(Sequence[dict[str, Tensor]]):
-    """Rows as any collator takes them; `ClassifierCollator` takes the columns at once.
-
-    Attributes:
-        columns (`dict[str, Tensor]`): name of a column -> `[rows, ...]`.
-    """
-
-    def __init__(self, columns: dict[str, Tensor]) -> None:
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(self.columns["pooled"])
-
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
-    @overload
-    def __getitem__(self, index: slice) -> "PooledBatch": ...
-    def __getitem__(self, index: int | slice) -> "dict[str, Tensor] | PooledBatch":
-        own = {name: rows[index] for name, rows in self.columns.items()}
-        return PooledBatch(own) if isinstance(index, slice) else own
 
 
 @dataclass(frozen=True)
@@ -46,6 +24,7 @@ class PooledStates:
         removed (`bool`, *optional*): whether the unintended features were removed; None where it is not known.
         weights (`[N]`, *optional*): weight of each text in the loss.
         margins (`[N]`, *optional*): of pairs: by how much the chosen side should win at least.
+        offsets (`[N, L]`, *optional*): added to the logits in training; see `unintended_offsets`.
     """
 
     pooled: Tensor
@@ -54,6 +33,7 @@ class PooledStates:
     removed: bool | None = None
     weights: Tensor | None = None
     margins: Tensor | None = None
+    offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.pooled) == len(self.activations) == len(self.labels):
@@ -61,7 +41,7 @@ class PooledStates:
                 f"{len(self.pooled)} pooled states, {len(self.activations)} rows of activations and "
                 f"{len(self.labels)} labels: they must be as many"
             )
-        for name in ("weights", "margins"):
+        for name in ("weights", "margins", "offsets"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.pooled):
                 raise ValueError(f"{len(values)} {name} for {len(self.pooled)} texts: they must be as many")
@@ -70,15 +50,21 @@ class PooledStates:
         return len(self.pooled)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: rows[index] for name, rows in self._columns().items()}
+        return {name: rows[index] for name, rows in self.columns().items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> PooledBatch:
-        # The name torch's DataLoader looks for: a quarter of a step would go into rows that are stacked again.
-        rows = torch.as_tensor(indices)
-        return PooledBatch({name: values[rows] for name, values in self._columns().items()})
+    def __getitems__(self, indices: Sequence[int]) -> "PooledStates":
+        # A batch at once: taken apart into rows and stacked again it would cost more than the step.
+        return self.select(indices)
 
-    def _columns(self) -> dict[str, Tensor]:
-        columns = {"pooled": self.pooled, "labels": self.labels, "weight": self.weights, "margin": self.margins}
+    def columns(self) -> dict[str, Tensor]:
+        """What a step needs of the rows, by name."""
+        columns = {
+            "pooled": self.pooled,
+            "labels": self.labels,
+            "weight": self.weights,
+            "margin": self.margins,
+            "offset": self.offsets,
+        }
         return {name: rows for name, rows in columns.items() if rows is not None}
 
     @property
@@ -97,7 +83,7 @@ class PooledStates:
         rows = torch.as_tensor(indices)
         changed: dict[str, Any] = {
             name: values[rows]
-            for name in ("pooled", "activations", "labels", "weights", "margins")
+            for name in ("pooled", "activations", "labels", "weights", "margins", "offsets")
             if (values := getattr(self, name)) is not None
         }
         return replace(self, **changed)

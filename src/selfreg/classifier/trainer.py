@@ -1,33 +1,53 @@
 """RegularizedTrainer: trains a classifier that stays off the unintended features."""
 
+import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
+from selfreg.classifier.arguments import AUTO
+from selfreg.classifier.checkpoint import check_saved_whole
 from selfreg.classifier.collator import ClassifierCollator, labels_of, pooled_dataset
 from selfreg.classifier.inputs import check_dataset, check_removal, label_weights
+from selfreg.classifier.lora import ADAPTER_FOLDER, restore_adapter, unsaved_parameters
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.offset import unintended_offsets
+from selfreg.classifier.path import DEFAULTS, WeightPath, resolve_weights
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.regularizer import RegularizationMixin
+from selfreg.classifier.running import RunningDependence, batch_constant
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import as_targets, held_constant, task_loss
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 
+logger = logging.getLogger(__name__)
+
+_RUNNING_FILE = "running_dependence.safetensors"
+
 
 class RegularizedTrainer(RegularizationMixin):
-    """Trains a [`RegularizedSequenceClassifier`]; its head alone, where the backbone is frozen.
+    """Trains a [`RegularizedSequenceClassifier`]: its head, and the adapter in its backbone, where there is one.
+
+    With an adapter the states move while the head learns them. Their standardisation stays as it was before the first
+    step, and the dependence term follows a running estimate. No gradient of the term goes into the adapter: it holds
+    the head's weights off what the features carry now. The adapter could also lower it by moving the states to where
+    the features no longer describe them, which `selfreg.evaluation.drift` tells.
 
     Args:
         model: the classifier; or a stock `AutoModelForSequenceClassification` model, with `unintended`.
-        args: a [`RegularizedTrainingArguments`].
+        args: a [`RegularizedTrainingArguments`]; for stock models any [`~transformers.TrainingArguments`].
         train_dataset: a [`PooledStates`]; or rows with `text` (or `input_ids`, as the tokenizer gives them for the
             bare text) and `label` (or `labels`); or rows with `pooled` and `labels`, which is enough where
             `dependence_weight` is 0. For `preference` rows with `chosen`, `rejected` and, where there are, `prompt`
             and `margin`: strings or lists of messages, as TRL has them. A column `weight` weighs texts in the loss.
         eval_dataset: likewise.
         unintended: for stock models only.
-        kwargs: as for [`~transformers.Trainer`].
+        kwargs: as for [`RegularizationMixin`] and [`~transformers.Trainer`].
 
     Raises:
         ValueError: a column is missing, a text is empty, a label is out of range or there is only one.
@@ -38,26 +58,37 @@ class RegularizedTrainer(RegularizationMixin):
     def __init__(
         self,
         model: Any,
-        args: RegularizedTrainingArguments,
+        args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
         unintended: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, RegularizedTrainingArguments):
+        own = isinstance(model, RegularizedSequenceClassifier)
+        if own and not isinstance(args, RegularizedTrainingArguments):
             raise ValueError(
                 f"args must be RegularizedTrainingArguments, not {type(args).__name__}: TrainingArguments with the "
                 "weights of the two terms"
             )
         self._label_weights: Tensor | None = None
-        own = isinstance(model, RegularizedSequenceClassifier)
+        self.weight_path: WeightPath | None = None
+        self._running: RunningDependence | None = None
         if own:
-            if not model.backbone_is_frozen:
+            if unsaved_parameters(model.backbone):
                 raise ValueError(
-                    "the backbone has trainable parameters; selfreg trains the head over a frozen backbone so far: "
-                    "model.backbone.requires_grad_(False)"
+                    "the backbone has trainable parameters; selfreg trains the head, and an adapter "
+                    "(from_backbone(..., lora={'r': 8})): model.backbone.requires_grad_(False)"
                 )
+            if args.save_strategy != "no":
+                # Now, not when the first checkpoint is due.
+                try:
+                    check_saved_whole(model.config, model.backbone, save_backbone=False)
+                except ValueError as error:
+                    raise ValueError(
+                        f"checkpoints can't be saved (save_strategy='no' does without): {error}"
+                    ) from error
+            cached = args.cache_states and model.backbone_is_frozen
             if args.remove_unintended is not None:
                 model.config.remove_unintended = args.remove_unintended
             kwargs.setdefault("data_collator", ClassifierCollator.of(model))
@@ -67,8 +98,16 @@ class RegularizedTrainer(RegularizationMixin):
                 check_dataset(part, model, name, training=False)
             for name, part in {"train_dataset": train_dataset, **parts}.items():
                 check_removal(part, model, name)
+                _check_states_stay(part, model, name)
             self._label_weights = label_weights(args, labels, model)
-            if args.cache_states:
+            if args.offset_weight and not cached:
+                raise ValueError(
+                    f"offset_weight={args.offset_weight} needs states that stay as they are: set cache_states=True "
+                    "and train no adapter, or set offset_weight=0"
+                )
+            if args.cache_states and not cached:
+                logger.info("an adapter is trained: states change with it, and are not cached")
+            if cached:
                 # The batches are then of pooled states, whatever the rows were.
                 kwargs["data_collator"] = ClassifierCollator.of(model)
                 train_dataset = _cached(model, train_dataset)
@@ -76,6 +115,8 @@ class RegularizedTrainer(RegularizationMixin):
                     eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
                 else:
                     eval_dataset = _cached(model, eval_dataset)
+            train_dataset = _with_offsets(model, args, train_dataset)
+            self.weight_path = _choose_weights(model, args, train_dataset)
         super().__init__(
             model,
             args,
@@ -89,24 +130,32 @@ class RegularizedTrainer(RegularizationMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.model, RegularizedSequenceClassifier) and self.train_dataset is not None:
             self._fit(self.model, self.train_dataset)
+            if self.weight_path is not None and self.args.should_save:
+                self.weight_path.save(str(self.args.output_dir))
         return super().train(*args, **kwargs)
 
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
-        own = self.accelerator.unwrap_model(model)
+        own = self.model
         if not isinstance(own, RegularizedSequenceClassifier) or "labels" not in inputs:
             return super().task_loss(model, inputs)
         inputs = dict(inputs)
-        labels, weights, margins = (inputs.pop(name, None) for name in ("labels", "weight", "margin"))
+        columns = ("labels", "weight", "margin", "offset")
+        labels, weights, margins, offsets = (inputs.pop(name, None) for name in columns)
         if margins is not None and self.args.preference_loss == "pointwise":
             raise ValueError(
                 "a margin is between two sides: preference_loss='pointwise' can't use it; drop the column"
             )
-        outputs = model(**inputs)
+        # Asked for in training only: in evaluation a Trainer gathers all that a model gives.
+        running = self._running if model.training else None
+        outputs = model(**inputs, output_pooled=True) if running is not None else model(**inputs)
+        if running is not None:
+            self._follow_adapter(running, own, outputs, labels)
         if own.task == "preference" and outputs.logits.shape[-1] == 1:
             # All chosen sides, then all rejected ones.
             outputs.logits = torch.stack(outputs.logits.squeeze(-1).chunk(2), dim=1)
-        loss = self.loss_of(outputs.logits, labels, own, sample_weights=weights, margins=margins)
-        return loss, outputs
+        # The offset takes part in learning only: what it explains the head need not learn.
+        logits = outputs.logits if offsets is None or not model.training else outputs.logits + offsets
+        return self.loss_of(logits, labels, own, sample_weights=weights, margins=margins), outputs
 
     def loss_of(
         self, logits: Tensor, labels: Tensor, model: RegularizedSequenceClassifier, **columns: Tensor | None
@@ -118,12 +167,69 @@ class RegularizedTrainer(RegularizationMixin):
             labels,
             label_weights=self._label_weights,
             target_scale=model.loss_scale,
-            preference_loss=self.args.preference_loss,  # type: ignore[arg-type]
+            preference_loss=self.args.preference_loss,
             **columns,
         )
 
+    def _follow_adapter(
+        self, running: RunningDependence, model: RegularizedSequenceClassifier, outputs: Any, labels: Tensor
+    ) -> None:
+        """Takes the batch into the running estimate, which this step's dependence term then uses."""
+        states, activations = outputs.pooled.detach(), outputs.unintended_activations.detach()
+        if model.task == "preference":
+            states, activations = (chosen - rejected for chosen, rejected in (states.chunk(2), activations.chunk(2)))
+        running.update(
+            states / model.pooled_scale,
+            activations,
+            batch_constant(model.task, labels.cpu(), model.score.out_features),
+            self.accelerator.reduce if self.args.world_size > 1 else None,
+        )
+        self.regularizer.dependence_directions = running.directions
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """As in transformers, with the adapter in a group of its own: it has another learning rate than the head, and
+        no weight decay, which is meant for the head."""
+        is_new = self.optimizer is None
+        optimizer: Optimizer = super().create_optimizer(model)
+        if not (is_new and isinstance(self.model, RegularizedSequenceClassifier) and self.model.config.adapter):
+            return optimizer
+        own = {id(parameter) for parameter in self.model.backbone.parameters()}
+        adapter = []
+        for group in optimizer.param_groups:
+            adapter += [parameter for parameter in group["params"] if id(parameter) in own]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        if adapter:
+            rate = self.args.adapter_learning_rate
+            optimizer.add_param_group({"params": adapter, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self._running is not None and self.args.should_save:
+            # Of a checkpoint: training resumed goes on with it. The classifier itself has no use for it.
+            state = {name: total.contiguous() for name, total in self._running.state_dict().items()}
+            save_file(state, Path(output_dir or str(self.args.output_dir)) / _RUNNING_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restore(Path(str(self.state.best_model_checkpoint)))
+
+    def _restore(self, checkpoint: Path) -> None:
+        """What the Trainer does not know of: the adapter, and the running estimate."""
+        if not isinstance(self.model, RegularizedSequenceClassifier):
+            return
+        if self.model.config.adapter:
+            restore_adapter(self.model.backbone, checkpoint / ADAPTER_FOLDER)
+        if self._running is not None:
+            self._running.load_state_dict(load_file(checkpoint / _RUNNING_FILE))
+            self.regularizer.dependence_directions = self._running.directions
+
     def _fit(self, model: RegularizedSequenceClassifier, dataset: Any) -> None:
-        """Standardisation and dependence directions, in closed form over the training set."""
+        """Standardisation and dependence directions, in closed form over the training set as it is now."""
         states = dataset if isinstance(dataset, PooledStates) else None
         if states is None and "pooled" in dataset[0]:
             states = self._stacked(model, dataset)
@@ -134,9 +240,13 @@ class RegularizedTrainer(RegularizationMixin):
         if self.args.dependence_weight and model.config.num_unintended:
             differences, activations = states.compared
             # The mean of the standardisation is held constant anyway.
-            self.regularizer.dependence_directions = dependence_directions(
-                differences / model.pooled_scale.cpu(), activations, held_constant(model.task, states.labels)
-            )
+            differences = differences / model.pooled_scale.cpu()
+            constant = held_constant(model.task, states.labels)
+            self.regularizer.dependence_directions = dependence_directions(differences, activations, constant)
+            if not model.backbone_is_frozen:
+                constant = batch_constant(model.task, states.labels, model.score.out_features)
+                self._running = RunningDependence(activations.shape[1], differences.shape[1], constant.shape[1])
+                self._running.update(differences, activations, constant)
 
     def _stacked(self, model: RegularizedSequenceClassifier, dataset: Any) -> PooledStates:
         rows = [dataset[i] for i in range(len(dataset))]
@@ -151,6 +261,52 @@ class RegularizedTrainer(RegularizationMixin):
         )
         labels = as_targets(model.task, labels_of(rows), model.score.out_features, "train_dataset")
         return PooledStates(pooled, activations, labels)
+
+
+def _check_states_stay(dataset: Any, model: RegularizedSequenceClassifier, name: str) -> None:
+    if model.backbone_is_frozen or dataset is None:
+        return
+    if isinstance(dataset, PooledStates) or "pooled" in dataset[0]:
+        raise ValueError(
+            f"{name} holds pooled states, which change while the adapter is trained: give texts, or freeze the "
+            "adapter (model.backbone.requires_grad_(False)) and train the head alone"
+        )
+
+
+def _with_offsets(model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, dataset: Any) -> Any:
+    """The training set with what the features alone say of it, unless it brings its own offsets."""
+    if not (args.offset_weight and model.config.num_unintended) or dataset is None:
+        return dataset
+    if not isinstance(dataset, PooledStates):
+        raise ValueError(
+            "offset_weight needs a PooledStates, which knows the features' activations: model.pooled_states makes it"
+        )
+    if dataset.offsets is not None:
+        return dataset
+    states, mask = dataset, model.unintended_mask
+    if mask is not None:
+        # Those that are unintended for all labels: what is a reason for some may be learned.
+        states = replace(states, activations=states.activations[..., mask.all(dim=0)])
+    return replace(dataset, offsets=args.offset_weight * unintended_offsets(model.task, states))
+
+
+def _choose_weights(
+    model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, dataset: Any
+) -> WeightPath | None:
+    """Puts numbers in the place of "auto" in `args`."""
+    auto = [name for name in DEFAULTS if getattr(args, name) == AUTO]
+    if not auto:
+        return None
+    if dataset is None:
+        chosen, path = DEFAULTS, None  # nothing is trained
+    else:
+        states = dataset if isinstance(dataset, PooledStates) else pooled_dataset(model, dataset)
+        resolved, path = resolve_weights(model, args, states)
+        chosen = {name: getattr(resolved, name) for name in auto}
+        logger.info("chosen by validation loss: %s", ", ".join(f"{name}={chosen[name]:g}" for name in auto))
+    for name in auto:
+        setattr(args, name, chosen[name])
+    return path
 
 
 def _cached(model: RegularizedSequenceClassifier, dataset: Any) -> Any:

@@ -7,14 +7,14 @@ import torch
 from transformers import TrainingArguments
 
 from selfreg.activations.prompt import check_choice
-from selfreg.classifier.penalty import Similarity
+from selfreg.classifier.arguments import RegularizationArguments
 from selfreg.classifier.tasks import PreferenceLoss
 
 
 @dataclass
-class RegularizedTrainingArguments(TrainingArguments):
+class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
     r"""
-    [`~transformers.TrainingArguments`] with what regularised training adds.
+    [`~transformers.TrainingArguments`] and [`RegularizationArguments`] in one, for a head over a frozen backbone.
 
     Other defaults: `per_device_train_batch_size=64`, `learning_rate=3e-3`, `num_train_epochs=100`, `weight_decay=2.0`,
     `remove_unused_columns=False`, `logging_steps=50`. They suit a head over a frozen backbone and
@@ -23,29 +23,31 @@ class RegularizedTrainingArguments(TrainingArguments):
     loss = task loss + penalty_weight · similarity + dependence_weight · dependence
 
     Args:
-        penalty_weight (`float`, defaults to 1.0): weight of the similarity between head and unintended features; 0
-            turns it off.
-        similarity (`str`, defaults to `"dot"`): `"encoder"`, `"dot"`, `"cosine"` or `"subspace"`; see
-            [`similarity_penalty`].
-        dependence_weight (`float`, defaults to 30.0): weight of what still depends on the unintended features; 0 turns
-            it off. See [`dependence_term`].
+        penalty_weight, similarity, dependence_weight, dependence_momentum: see [`RegularizationArguments`].
+        offset_weight (`float`, defaults to 0.0): how much of what the unintended features alone say about the label is
+            set aside in training, 0 to 1; see [`unintended_offsets`]. For attributes that are spread over the whole
+            text. It needs cached states.
         remove_unintended (`bool`, *optional*): take the features out of the hidden states, in training and afterwards.
             None: as the model was made, which is True where nothing else was said.
         cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of
-            once an epoch.
+            once an epoch. Has no effect while an adapter is trained.
+        adapter_learning_rate (`float`, defaults to 2e-4): initial learning rate of an adapter (LoRA) in the backbone,
+            whose start is the pretrained model; `learning_rate` is that of the head, which starts from zero. Both
+            follow the same schedule. `weight_decay` is of the head alone.
         class_weights (`str` or `list[float]`, *optional*): weight of each label in the task loss: `"balanced"`, or a
             weight a label (on a command line `1.0,2.5`).
         preference_loss (`str`, defaults to `"bradley_terry"`): of pairs: `"bradley_terry"`, which compares the two
             sides, or `"pointwise"`, which judges each by itself; see [`task_loss`].
     """
 
-    penalty_weight: float = field(default=1.0, metadata={"help": "Weight of the similarity penalty; 0: off."})
-    similarity: str = field(default="dot", metadata={"help": "encoder, dot, cosine or subspace."})
-    dependence_weight: float = field(default=30.0, metadata={"help": "Weight of the dependence term; 0: off."})
+    offset_weight: float = field(
+        default=0.0, metadata={"help": "How much of what the features alone say about the label is set aside; 0: off."}
+    )
     remove_unintended: bool | None = field(
         default=None, metadata={"help": "Remove the features from the hidden states; None: as the model was made."}
     )
     cache_states: bool = field(default=True, metadata={"help": "Run each text through a frozen backbone only once."})
+    adapter_learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate of an adapter."})
     # HfArgumentParser takes no union of a string and a list; lists are taken all the same.
     class_weights: str | None = field(
         default=None, metadata={"help": "Weight of each label in the task loss: balanced, or 1.0,2.5,..."}
@@ -62,11 +64,9 @@ class RegularizedTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are read by name."})
 
     def __post_init__(self) -> None:
-        check_choice("similarity", self.similarity, Similarity)
         check_choice("preference_loss", self.preference_loss, PreferenceLoss)
-        for name in ("penalty_weight", "dependence_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.offset_weight <= 1:
+            raise ValueError(f"offset_weight={self.offset_weight} must be from 0 to 1")
         self.label_weights()
         super().__post_init__()
         # Without an accelerator pinned memory only brings a warning.

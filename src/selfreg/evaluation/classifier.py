@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from selfreg.activations.conversation import render_pair
 from selfreg.classifier.assembly import label_mask
 from selfreg.classifier.baselines import FittedHead
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.states import PooledStates
-from selfreg.classifier.tasks import indicator
+from selfreg.classifier.tasks import Task, indicator
 from selfreg.evaluation.arrays import IntArray
 from selfreg.evaluation.metrics import evaluate_predictions, group_cells
 from selfreg.evaluation.tasks import evaluate_multi_label, evaluate_pairs, evaluate_regression, regression_cells
@@ -109,18 +111,30 @@ def evaluate_head(
     Returns:
         the figures, and a row a (label, group) cell with its size, accuracy and interval.
     """
-    logits = head.logits(states).double().numpy()
-    task, labels = head.model.task, states.labels.numpy()
+    names: dict[int, str] = {int(i): str(name) for i, name in (head.model.config.id2label or {}).items()}
+    seen = {"pooled": head.states(states).double().numpy(), "weight": head.weight.double().numpy()}
+    return evaluate_logits(head.model.task, head.logits(states), states, unintended, groups, names, **seen)
+
+
+def evaluate_logits(
+    task: Task,
+    logits_of_texts: Tensor,
+    states: PooledStates,
+    unintended: UnintendedFeatures,
+    groups: Sequence[Any] | None,
+    names: Mapping[int, str],
+    **seen: Any,
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """The same of any method that gives logits; without `pooled` and `weight` (`seen`) no `unintended_use`."""
+    logits, labels = logits_of_texts.double().numpy(), states.labels.numpy()
     of_text = list(groups) if groups is not None else None
     reliance: dict[str, Any] = {}
     if len(unintended) > 0:
         reliance = {
-            "pooled": head.states(states).double().numpy(),
-            "weight": head.weight.double().numpy(),
+            **seen,
             "directions": unintended.decoder_directions.double().numpy(),
             "activations": states.compared[1].double().numpy(),
         }
-    names: dict[int, str] = {int(i): str(name) for i, name in (head.model.config.id2label or {}).items()}
     mask = label_mask(unintended.labels, [names[i] for i in sorted(names)])
     if task == "preference":
         figures = evaluate_pairs(logits, of_text, **reliance)

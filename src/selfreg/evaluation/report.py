@@ -12,6 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from selfreg.classifier.path import WeightPath
+from selfreg.evaluation.path_chart import path_figure
 from selfreg.evaluation.report_charts import FigureWriter, colours, curves, groups
 from selfreg.evaluation.report_figures import METHODS, clean, headline, ordered, sae, show, tables, union
 from selfreg.features.spans import Span
@@ -56,6 +58,7 @@ class ReportData:
         features (`list[ReportFeature]`): the unintended features, in the order to show them in.
         versions (`dict`): name of a library to its version.
         created (`str`): when the run ended, as ISO 8601.
+        weight_path (`WeightPath`, *optional*): how the weights of the two terms were chosen, where they were.
     """
 
     title: str
@@ -65,6 +68,7 @@ class ReportData:
     features: list[ReportFeature]
     versions: dict[str, str]
     created: str
+    weight_path: WeightPath | None = None
 
 
 def write_report(path: str | os.PathLike[str], data: ReportData) -> None:
@@ -92,6 +96,7 @@ def render_report(data: ReportData) -> str:
         "compared": "plain" in methods and "selfreg" in methods,
         "method_notes": {name: METHODS[name] for name in ordered(methods) if name in METHODS},
         "groups": groups(cells, colour_of, writer),
+        "weight_path": path_figure(data.weight_path, writer) if data.weight_path is not None else None,
         "curves": curves(data.curves, colour_of, writer),
         "sae": sae(data.metrics.get("sae") or {}),
         "counts": data.metrics.get("features") or {},

@@ -94,6 +94,9 @@ METHODS = {
     "removal_only": "The unintended features are removed from the hidden states, and nothing else is done.",
     "penalty_only": "Only the penalty on the similarity of the weights to the unintended features.",
     "dependence_only": "Only the penalty on what still depends on the unintended features.",
+    "tfidf": "Logistic regression on the words of the texts (TF-IDF), without the language model.",
+    "zero_shot": "The language model itself, asked in words which label fits.",
+    "scrubbing": "The ordinary classifier on texts from which the words of the attribute were taken out.",
     "leace": "The ordinary classifier after all that tells the group linearly is erased (LEACE; needs the groups).",
 }
 

@@ -85,7 +85,9 @@ def evaluate_multi_label(
     parts = []
     for y in columns:
         own = None if mask is None else np.asarray(mask)[y : y + 1]
-        part = {**reliance, "weight": as_matrix("weight", reliance["weight"])[y : y + 1]} if reliance else {}
+        part = dict(reliance)
+        if part.get("weight") is not None:
+            part["weight"] = as_matrix("weight", part["weight"])[y : y + 1]
         parts.append(reliance_figures(logits_NL[:, y : y + 1], labels_NL[:, y], mask=own, **part))
     for name in ("unintended_use", "unintended_dependence"):
         found = [value for part in parts if (value := part[name]) is not None]

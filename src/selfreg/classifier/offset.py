@@ -1,0 +1,180 @@
+"""What the unintended features alone say about the target, set aside while the head is trained.
+
+A product of experts (Clark et al. 2019; He et al. 2019; here with an expert that sees unintended features only): the
+head is trained on logits + s · f, f the log-probabilities of a small model that knows nothing but the activations of
+the unintended features, and is used without f. What f explains the head need not learn; the texts that f gets wrong
+count most. Unlike the two terms on the weights it reaches what is spread over the whole text, such as a topic, because
+it asks what the features say together. No group label is needed.
+
+f is told out of fold: each text by a model that was not trained on it, or f would explain the training set by heart.
+
+Shapes: N texts (or pairs), U unintended features, L labels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from selfreg.classifier.states import PooledStates
+from selfreg.classifier.tasks import Task
+
+COMPONENTS = 10
+_FOLDS = 5
+_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+_Matrix = NDArray[np.float64]
+
+
+def unintended_offsets(task: Task, states: PooledStates, *, seed: int = 0) -> Tensor:
+    """f of every training text, in the shape of its logits.
+
+    The activations, at unit variance, are reduced to their first `COMPONENTS` principal components: with as many
+    features as there are, a model of all of them learns by heart. On these a logistic regression (ridge, for
+    regression) is fitted, its strength chosen by the loss on what it has not seen.
+
+    Args:
+        task: which one.
+        states: the training set.
+        seed: of the folds.
+
+    Returns:
+        `single_label` `[N, L]` log-probabilities and `multi_label` `[N, L]` log odds, both less those of the label
+        alone, which the head's bias is for; L up to the last label that occurs. `regression` `[N, 1]`: prediction less
+        the mean; pairs `[N, 2]`: the log odds of the chosen side and 0.
+
+    Raises:
+        ValueError: a label has fewer texts than there are folds.
+    """
+    z_NK = _components(states.compared[1].double().numpy(), symmetric=task == "preference")
+    labels = states.labels.numpy()
+    if z_NK.shape[1] == 0:
+        columns = {"single_label": int(labels.max(initial=0)) + 1, "multi_label": labels.shape[-1], "preference": 2}
+        return torch.zeros(len(labels), columns.get(task, 1))
+    if task == "single_label":
+        offsets = _of_labels(z_NK, labels, seed) - _log_shares(labels)
+    elif task == "multi_label":
+        offsets = np.stack([_of_two(z_NK, labels[:, y].astype(int), seed) for y in range(labels.shape[1])], axis=1)
+    elif task == "regression":
+        offsets = _of_numbers(z_NK, labels, seed)[:, None]
+    else:
+        offsets = np.stack([_of_pairs(z_NK, seed), np.zeros(len(labels))], axis=1)
+    return torch.from_numpy(offsets).float()
+
+
+def _components(activations_NU: _Matrix, *, symmetric: bool) -> _Matrix:
+    """`symmetric`: of differences, which have no mean: either side could stand first."""
+    from sklearn.decomposition import PCA
+
+    count = len(activations_NU)
+    values_MU = np.concatenate([activations_NU, -activations_NU]) if symmetric else activations_NU
+    spread_U = values_MU.std(axis=0)
+    alive_U = spread_U > 1e-9 * np.abs(values_MU).max(axis=0, initial=0.0)
+    if not alive_U.any():
+        return np.zeros((count, 0))
+    standard_MU = (values_MU[:, alive_U] - values_MU[:, alive_U].mean(axis=0)) / spread_U[alive_U]
+    size = min(COMPONENTS, *standard_MU.shape)
+    return np.asarray(PCA(size, whiten=True, svd_solver="full").fit_transform(standard_MU))[:count]
+
+
+def _of_labels(z_NK: _Matrix, labels_N: NDArray[np.int64], seed: int) -> _Matrix:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    present, codes_N = np.unique(labels_N, return_inverse=True)
+    smallest = int(np.bincount(codes_N).min())
+    if smallest < _FOLDS:
+        raise ValueError(
+            f"offset_weight needs {_FOLDS} training texts or more of each label, and label "
+            f"{present[np.bincount(codes_N).argmin()]} has {smallest}: set offset_weight=0, or add texts"
+        )
+    best: tuple[float, _Matrix] | None = None
+    for strength in _STRENGTHS:
+        folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+        model = LogisticRegression(C=1 / (strength * len(z_NK)))
+        log_p = np.asarray(cross_val_predict(model, z_NK, codes_N, cv=folds, method="predict_log_proba"))
+        likelihood = float(log_p[np.arange(len(codes_N)), codes_N].mean())
+        if best is None or likelihood > best[0]:
+            best = (likelihood, log_p)
+    assert best is not None
+    out = np.zeros((len(labels_N), int(present.max()) + 1))
+    # A label without texts stays out of it: as likely as the rarest, so that the head alone decides.
+    out[:] = best[1].min(axis=1, keepdims=True)
+    out[:, present] = best[1]
+    return out
+
+
+def _of_two(z_NK: _Matrix, there_N: NDArray[np.int64], seed: int) -> _Matrix:
+    counts = np.bincount(there_N, minlength=2)
+    if counts.min() < _FOLDS:
+        # Nothing can be told of a label that (nearly) all texts have, or none.
+        return np.zeros(len(there_N))
+    log_p = _of_labels(z_NK, there_N, seed) - _log_shares(there_N)
+    return np.asarray(log_p[:, 1] - log_p[:, 0])
+
+
+def _log_shares(labels_N: NDArray[np.int64]) -> _Matrix:
+    """log p(label), `[L]`; 0 for a label without texts."""
+    counts = np.bincount(labels_N)
+    return np.asarray(np.log(np.where(counts, counts / len(labels_N), 1.0)))
+
+
+def attribute_offsets(labels: Sequence[int], attribute: Sequence[Any], num_labels: int) -> Tensor:
+    """The same where the attribute itself is known of the training texts: log p(label | value) - log p(label).
+
+    By counts, half a text added to each; 0 for texts whose attribute is not known.
+
+    Args:
+        labels (`[N]`): class ids.
+        attribute (`[N]`): None where it is not known.
+        num_labels: L.
+
+    Returns:
+        `[N, L]`.
+    """
+    prior = np.full(num_labels, 0.5)
+    np.add.at(prior, np.asarray(labels), 1)
+    counts: dict[str, NDArray[np.float64]] = {}
+    for label, value in zip(labels, attribute, strict=True):
+        if value is not None:
+            counts.setdefault(str(value), np.full(num_labels, 0.5))[label] += 1
+    said = {value: np.log(own / own.sum()) - np.log(prior / prior.sum()) for value, own in counts.items()}
+    rows = [np.zeros(num_labels) if value is None else said[str(value)] for value in attribute]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+def _of_pairs(z_NK: _Matrix, seed: int) -> _Matrix:
+    """Of differences, whose sign is the label: without an intercept, from either order of the sides."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import KFold
+
+    best: tuple[float, _Matrix] | None = None
+    for strength in _STRENGTHS:
+        odds_N = np.empty(len(z_NK))
+        for train, held_out in KFold(_FOLDS, shuffle=True, random_state=seed).split(z_NK):
+            both = np.concatenate([z_NK[train], -z_NK[train]])
+            sides = np.repeat([1, 0], len(train))
+            model = LogisticRegression(C=1 / (strength * len(both)), fit_intercept=False).fit(both, sides)
+            odds_N[held_out] = model.decision_function(z_NK[held_out])
+        likelihood = -float(np.logaddexp(0, -odds_N).mean())
+        if best is None or likelihood > best[0]:
+            best = (likelihood, odds_N)
+    assert best is not None
+    return best[1]
+
+
+def _of_numbers(z_NK: _Matrix, targets_N: Any, seed: int) -> _Matrix:
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import KFold, cross_val_predict
+
+    targets_N = np.asarray(targets_N, dtype=np.float64)
+    folds = KFold(_FOLDS, shuffle=True, random_state=seed)
+    predictions = [
+        np.asarray(cross_val_predict(Ridge(alpha=strength * len(z_NK)), z_NK, targets_N, cv=folds))
+        for strength in _STRENGTHS
+    ]
+    best = min(predictions, key=lambda found: float(((found - targets_N) ** 2).mean()))
+    return np.asarray(best - targets_N.mean())

@@ -9,6 +9,7 @@ Shapes: B resamples, S units (seeds), n texts of a unit.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,8 @@ def compare(units: Sequence[Unit], figure: str, *, resamples: int = 1_000, seed:
     """The difference in a figure between the two methods of `units`; None where the figure does not apply."""
     measure = FIGURES[figure]
     texts = np.unique(np.concatenate([unit.rows for unit in units]))
-    rng = np.random.default_rng(seed)
-    counts_BT = rng.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), size=resamples).astype(np.float64)
+    rng = np.random.default_rng([seed, 1])
+    counts_BT = _counts(len(texts), resamples, seed)
     drawn_BS = rng.integers(0, len(units), size=(resamples, len(units)))
     whole: list[float] = []
     ours, theirs = np.empty(drawn_BS.shape), np.empty(drawn_BS.shape)
@@ -118,3 +119,10 @@ def compare(units: Sequence[Unit], figure: str, *, resamples: int = 1_000, seed:
     references = np.take_along_axis(theirs, drawn_BS, axis=1).mean(axis=1)
     low, high = np.nanquantile(differences, [0.025, 0.975])
     return Difference(float(np.mean(whole)), float(low), float(high), float(np.nanstd(references)))
+
+
+@lru_cache(maxsize=2)
+def _counts(texts: int, resamples: int, seed: int) -> Floats:
+    """How often each text is drawn, `[B, texts]`: the same for all methods that are compared on an eval set."""
+    rng = np.random.default_rng([seed, 0])
+    return rng.multinomial(texts, np.full(texts, 1 / texts), size=resamples).astype(np.float64)

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.controllability import bootstrap
 from benchmarks.controllability.bootstrap import Unit
 from benchmarks.controllability.figures import write_figures
-from benchmarks.controllability.methods import METHODS
+from benchmarks.controllability.methods import METHODS, SELFREG
 
 from selfreg.utils.files import atomic_path, read_json, write_json
 
@@ -47,16 +47,15 @@ def summarize(folder: Path) -> Results:
     }
     trials = dict(sorted(trials.items()))
     runs: dict[str, dict[int, Results]] = {}
-    reasons: dict[str, str] = {}
+    missing: dict[str, list[str]] = {}
     for method in _ORDER:
         for seed in trials:
             path = folder / f"seed-{seed}" / f"{method}.json"
             result = read_json(path) if path.exists() else None
             if result is not None and "does_not_apply" in result:
-                reasons.setdefault(method, result["does_not_apply"])
+                missing.setdefault(method, []).append(result["does_not_apply"])
             elif result is not None:
                 runs.setdefault(method, {})[seed] = result
-    reasons = {method: reason for method, reason in reasons.items() if method not in runs}
     evals = list(next(iter(trials.values()))["evals"]) if trials else []
     methods = {method: {name: _figures(about, trials, runs, method, name) for name in evals} for method in runs}
     result = {**about, "seeds": len(trials), "evals": evals, "worst_eval": _worst_eval(evals), "methods": methods}
@@ -67,7 +66,11 @@ def summarize(folder: Path) -> Results:
     result |= {name: _spread([trial[name] for trial in trials.values()]) for name in ("train", "balanced")}
     remarks = read_json(REMARKS) if REMARKS.exists() else {}
     result["remarks"] = remarks.get(folder.name, [])
-    result["does_not_apply"] = reasons
+    result["does_not_apply"] = {
+        method: f"{reasons[0]} ({len(reasons)} of {len(trials)} seeds)"
+        for method, reasons in missing.items()
+        if method != "zero_shot"
+    }
     result["acceptance"] = acceptance(result)
     return result
 
@@ -88,7 +91,7 @@ def _figures(
         units = units_of(about, trials, own, own, name)
         figures["worst_group_accuracy"] = _spread([bootstrap.value(unit, "worst_group_accuracy") for unit in units])
     compared = ["accuracy", "worst_group_accuracy", *(["f1"] if about["score"] == "f1" else [])]
-    for reference in ("plain", "selfreg_random"):
+    for reference in ("plain", *(["selfreg_random"] if method in SELFREG else [])):
         if method != reference and reference in runs:
             units = units_of(about, trials, own, runs[reference], name)
             found = {figure: bootstrap.compare(units, figure) for figure in compared} if units else {}
@@ -134,12 +137,15 @@ def _spread(values: Sequence[float | None]) -> Results | None:
 def acceptance(result: Results) -> Results:
     """Whether the control holds: what the score costs, what the use comes to, and what the worst group gains."""
     methods, score, worst = result["methods"], result["score"], result["worst_eval"]
-    if "selfreg" not in methods or "plain" not in methods:
+    # Where no feature tells the attribute by the few texts against the tie, it is the keywords' features that count.
+    method = next((name for name in ("selfreg", "selfreg_keywords") if name in methods), None)
+    if method is None or "plain" not in methods:
         return {}
-    ours, plain = methods["selfreg"], methods["plain"]
+    ours, plain = methods[method], methods["plain"]
     against = ours["test"]["against_plain"][score]
     use = [part["test"].get("unintended_use") for part in (plain, ours)]
     found: Results = {
+        "method": method,
         "score": score,
         "score_difference": against,
         "within_one_standard_error": against is not None and against["difference"] >= -against["reference_error"],
@@ -196,7 +202,7 @@ def _acceptance_table(results: Results) -> list[str]:
         cut = found.get("use_cut")
         rows.append(
             [
-                name,
+                name if found["method"] == "selfreg" else f"{name} ({found['method']})",
                 f"{_difference(found['score_difference'])} {_yes(found['within_one_standard_error'])}",
                 ""
                 if cut is None
@@ -249,7 +255,11 @@ def _table(part: Results) -> list[str]:
         header.append(f"verdicts that stay, {worst}")
     rows = []
     for method, own in part["methods"].items():
-        row = [method, *(_number(own[name][score]) for name in evals)]
+        seeds = own["test"][score]["n"]
+        row = [
+            method if seeds == part["seeds"] else f"{method} ({seeds} seeds)",
+            *(_number(own[name][score]) for name in evals),
+        ]
         row += [_delta(own[name], score) for name in (evals[0], *shifts)]
         if has_groups:
             row += [_number(own[worst]["worst_group_accuracy"]), _delta(own[worst], "worst_group_accuracy")]

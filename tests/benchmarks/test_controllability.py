@@ -97,8 +97,10 @@ def test_no_text_of_a_data_set_is_both_trained_on_and_measured(
         largest = {
             y: max((with_tie[cell], cell) for cell in with_tie if cell[0] == y)[1] for y in set(pool.label) - {-1}
         }
-        assert all(with_tie[cell] >= 0.94 * len(rows.train) / len(largest) for cell in largest.values())
-        assert sum(reverse[cell] for cell in largest.values()) <= 0.06 * len(rows.evals["shifted"])
+        share = sum(with_tie[cell] for cell in largest.values()) / len(rows.train)
+        reversed_share = 1 - sum(reverse[cell] for cell in largest.values()) / len(rows.evals["shifted"])
+        assert share >= 0.79
+        assert reversed_share == pytest.approx(share, abs=0.02)
 
 
 def test_texts_that_come_again_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,6 +470,8 @@ def test_acceptance_is_read_off_as_it_is_defined() -> None:
     assert not found["worst_group_above_plain"]
     result["methods"]["selfreg"]["test"]["against_plain"]["accuracy"] = {**difference, "difference": -0.02}
     assert not acceptance(result)["within_one_standard_error"]
+    result["methods"]["selfreg_keywords"] = result["methods"].pop("selfreg")
+    assert acceptance(result)["method"] == "selfreg_keywords"
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

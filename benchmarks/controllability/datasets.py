@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.controllability.pool import Pool
 
-PLANTED_VARIANTS = ((0.8, 600), (1.0, 600), (0.95, 200))
-"""Of each planted shift beside a tie of 95 % in 600 texts: other strengths of the tie, and fewer texts."""
+PLANTED_VARIANTS = ((0.8, 320), (1.0, 320), (0.95, 160))
+"""Of each planted shift beside a tie of 95 % in 320 texts: other strengths of the tie, and fewer texts."""
 
 
 def data_root() -> Path:

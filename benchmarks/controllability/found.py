@@ -29,7 +29,7 @@ def davidson() -> Pool:
     rng = generator("davidson", 0)
     kept: list[int] = []
     # Harmless tweets that mention an identity are rare: all of them, or there is nothing to measure on.
-    for split, counts in (("train", (700, 900, 500)), ("test", (300, 400, 250))):
+    for split, counts in (("train", (350, 450, 300)), ("test", (200, 250, 200))):
         cells: dict[tuple[int, str], list[int]] = {}
         for i in where(rows, split):
             cells.setdefault((rows[i]["toxic"], rows[i]["mentions"]), []).append(i)

@@ -41,6 +41,7 @@ SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg": ("attribute", {}),
     "selfreg_keywords": ("keywords", {}),
     "selfreg_random": ("random", {}),
+    "selfreg_penalty10": ("attribute", {"penalty_weight": 10.0}),
     "selfreg_offset": ("attribute", _OFFSET),
     "selfreg_offset_keywords": ("keywords", _OFFSET),
     "selfreg_offset_random": ("random", _OFFSET),
@@ -54,7 +55,7 @@ SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
 """Which features, and what differs from selfreg's defaults."""
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")
 METHODS = (*SELFREG, *BASELINES, "scrubbing", "tfidf", "zero_shot", "balanced")
-ZERO_SHOT_TEXTS = 100
+ZERO_SHOT_TEXTS = 60
 """Of each eval set, drawn once: a prompt costs as much as a hundred trainings of a head."""
 
 

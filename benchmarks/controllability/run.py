@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(DATASETS), default=list(DATASETS), metavar="DATA_SET")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--sae-tokens", type=int, default=250_000, help="tokens that the SAE is trained on")
+    parser.add_argument("--sae-tokens", type=int, default=100_000, help="tokens that the SAE is trained on")
     parser.add_argument(
         "--sae-data",
         nargs="+",

@@ -57,14 +57,14 @@ def chats() -> tuple[Corpus, list[dict[str, Any]]]:
     rows = read("toxicchat", "train", "test")
     rng = generator("toxicchat", 0)
     kept: list[int] = []
-    for split, count in (("train", 1_500), ("test", 1_100)):
+    for split, count in (("train", 700), ("test", 600)):
         own = where(rows, split)
         harmless = [i for i in own if not rows[i]["label"]]
         kept += [i for i in own if rows[i]["label"]] + draw(rng, harmless, count, f"ToxicChat, {split}")
     rows = [rows[i] for i in sorted(kept)]
     for row in rows:
         row["length"] = "long" if len(row["text"]) >= LONG else "short"
-    return Corpus("toxicchat", [row["text"] for row in rows]), rows
+    return Corpus("toxicchat", [row["text"] for row in rows], max_length=64), rows
 
 
 def toxicchat() -> Pool:
@@ -103,11 +103,11 @@ def preferences() -> Pool:
     def text(row: dict[str, Any]) -> str:
         return json.dumps([row["prompt"], row["chosen"], row["rejected"]], ensure_ascii=False)
 
-    splits = ("llmbar_adversarial", "llmbar_natural", "test", "train")
+    splits = ("llmbar_adversarial", "test", "train")
     rows = [row for row in read("preferences", *splits, text=text) if _usable(row)]
     rng = generator("preferences", 0)
     parts = {name: where(rows, name) for name in splits}
-    for name, count in (("train", 700), ("test", 300)):
+    for name, count in (("train", 260), ("test", 150), ("llmbar_adversarial", 130)):
         short = [i for i in parts[name] if _characters(rows[i]) <= longest]
         parts[name] = sorted(draw(rng, short, count, f"preferences, {name}"))
     rows, parts = _keep(rows, parts)
@@ -121,14 +121,14 @@ def preferences() -> Pool:
     def of_seed(seed: int) -> Rows:
         rng = generator("preferences", seed)
         own = draw(rng, parts["train"], int(0.8 * len(parts["train"])), "preferences")
-        evals = {name: parts[name] for name in ("test", "llmbar_natural", "llmbar_adversarial")}
+        evals = {name: parts[name] for name in ("test", "llmbar_adversarial")}
         return Rows(own, evals, even(pool.cells(parts["train"]), len(own), rng))
 
     pool = Pool(
         "preferences",
         "HH-RLHF, which reply people chose; unintended: the longer reply is the chosen one; keywords: polite and "
         "structuring boilerplate. LLMBar's adversarial pairs are the shift as found",
-        Corpus("preferences", texts, max_length=160, template=CHAT),
+        Corpus("preferences", texts, max_length=96, template=CHAT),
         [],
         [0] * len(rows),
         group,
@@ -169,7 +169,7 @@ def _keep(
 def dialogues() -> tuple[Corpus, list[dict[str, Any]]]:
     """dxy in English."""
     rows = read("diagnosis", "dxy")
-    return Corpus("dxy", [row["text"] for row in rows], max_length=192), rows
+    return Corpus("dxy", [row["text"] for row in rows], max_length=96), rows
 
 
 def ids_of(names: list[str]) -> tuple[list[str], list[int]]:

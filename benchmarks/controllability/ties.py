@@ -94,11 +94,11 @@ PLANTED_INSTRUCTIONS = {
     "reviews": "Each text is a review of a hotel. The label says whether the guest was pleased.",
     "applications": "Each text is a letter of application. The label says which field the applicant works in.",
 }
-PLANTED_TRAIN, PLANTED_TEST = 1_280, 480
-"""Texts of the pools: enough for 600 training texts of four labels at any tie."""
+PLANTED_TRAIN, PLANTED_TEST = 720, 240
+"""Texts of the pools: enough for 320 training texts of four labels at any tie."""
 
 
-def planted(name: str, *, strength: float = TIE, size: int = 600) -> Pool:
+def planted(name: str, *, strength: float = TIE, size: int = 320) -> Pool:
     """One of the further planted shifts; see `planted.make_planted`.
 
     Args:
@@ -111,12 +111,12 @@ def planted(name: str, *, strength: float = TIE, size: int = 600) -> Pool:
     rows = [{**row, "split": split} for split in ("train", "test") for row in splits[split]]
     labels, label = ids_of([row["label"] for row in rows])
     usual = usual_values(name)
-    suffix = "" if (strength, size) == (TIE, 600) else f"_tie{round(100 * strength)}_{size}"
+    suffix = "" if (strength, size) == (TIE, 320) else f"_tie{round(100 * strength)}_{size}"
     # Every eval set has as many texts as the reversed tie leaves of the smallest cell.
     return tied_pool(
         f"planted_{name}{suffix}",
         f"written {name}, {len(labels)} labels, tied at {strength:.0%} in {size} training texts",
-        Corpus(f"planted_{name}", [row["text"] for row in rows]),
+        Corpus(f"planted_{name}", [row["text"] for row in rows], max_length=80),
         labels,
         label,
         [row["group"] for row in rows],
@@ -124,7 +124,7 @@ def planted(name: str, *, strength: float = TIE, size: int = 600) -> Pool:
         where(rows, "train"),
         where(rows, "test"),
         size,
-        240 if len(labels) == 4 else 200,
+        120,
         strength=strength,
         keywords=tuple(KEYWORDS[name] or ()),
         instruction=PLANTED_INSTRUCTIONS[name],
@@ -134,21 +134,21 @@ def planted(name: str, *, strength: float = TIE, size: int = 600) -> Pool:
 
 def notes() -> Pool:
     """The demo's planted shift, on notes that chose nothing of the method's settings."""
-    rows = [{**row, "split": "train"} for row in generate_notes("train", seed=20, num_notes=1_600, tie=0.5)]
-    rows += [{**row, "split": "test"} for row in generate_notes("test", seed=20, num_notes=800, tie=0.5)]
+    rows = [{**row, "split": "train"} for row in generate_notes("train", seed=20, num_notes=960, tie=0.5)]
+    rows += [{**row, "split": "test"} for row in generate_notes("test", seed=20, num_notes=400, tie=0.5)]
     labels, label = ids_of([row["label"] for row in rows])
     return tied_pool(
         "notes",
         "the demo's clinical notes, four diagnoses; the diagnosis tied to the patient's gender",
-        Corpus("notes", [row["text"] for row in rows]),
+        Corpus("notes", [row["text"] for row in rows], max_length=80),
         labels,
         label,
         [row["gender"] for row in rows],
         {labels.index(name): gender for name, gender in USUAL_GENDER.items()},
         where(rows, "train"),
         where(rows, "test"),
-        800,
-        400,
+        480,
+        200,
         keywords=GENDER_WORDS,
         instruction=DIAGNOSIS,
         kind="planted",
@@ -164,7 +164,7 @@ def reviews_domain() -> Pool:
             rows.append({**row, "area": area})
     kept = []
     # Of the cells that the tie draws on in training, more.
-    for split, wanted in (("train", (500, 280)), ("test", (240, 240))):
+    for split, wanted in (("train", (350, 180)), ("test", (150, 150))):
         for y, area in ((1, "media"), (0, "goods"), (1, "goods"), (0, "media")):
             cell = [i for i in where(rows, split) if (rows[i]["label"], rows[i]["area"]) == (y, area)]
             follows = (y == 1) == (area == "media")
@@ -173,15 +173,15 @@ def reviews_domain() -> Pool:
     return tied_pool(
         "reviews_domain",
         "product and film reviews; the sentiment tied to the domain (books, films and music positive, goods negative)",
-        Corpus("reviews", [row["text"] for row in rows]),
+        Corpus("reviews", [row["text"] for row in rows], max_length=80),
         ["negative", "positive"],
         [row["label"] for row in rows],
         [row["area"] for row in rows],
         {1: "media", 0: "goods"},
         where(rows, "train"),
         where(rows, "test"),
-        1_000,
-        480,
+        700,
+        300,
         keywords=DOMAIN_WORDS,
         instruction="Is the review of a product, book or film positive or negative?",
     )
@@ -220,7 +220,7 @@ def toxicchat_length() -> Pool:
 def restaurants() -> tuple[Corpus, list[dict[str, Any]]]:
     """CEBaB; rows of one original review stay together, in the split that its authors gave them."""
     rows = [row for row in read("cebab", "train", "dev", "test") if _of_use(row)]
-    return Corpus("cebab", [row["text"] for row in rows], max_length=96), rows
+    return Corpus("cebab", [row["text"] for row in rows], max_length=64), rows
 
 
 def _of_use(row: dict[str, Any]) -> bool:

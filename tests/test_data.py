@@ -143,7 +143,7 @@ class TestOtherTasks:
         assert data.train.of_texts(data.labels)[0] == ["x + y", "none", "x"]
         with pytest.raises(RecipeError, match="data.eval.test: label 'z' is none of the training set's: x, y"):
             load_task(recipe(tmp_path, rows, [{"text": "d", "label": ["z"]}]), None, "multi_label")
-        with pytest.raises(RecipeError, match="row 0 has the label 'x' .* it is a list of names"):
+        with pytest.raises(RecipeError, match="row 0 has the label 'x' .* it is a list of different names"):
             load_task(recipe(tmp_path, [{"text": "a", "label": "x"}], rows), None, "multi_label")
 
     def test_numbers(self, tmp_path: Path) -> None:

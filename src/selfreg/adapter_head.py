@@ -31,9 +31,9 @@ def fit_adapter(
         args: with numbers for weights.
         model: the classifier, from `from_backbone(..., lora=...)`.
     """
-    trainer = RegularizedTrainer(
-        model=model, args=args, train_dataset=_rows(data.train), callbacks=[StepProgress("classifier selfreg (LoRA)")]
-    )
+    rows = _rows(data.train, pointwise=args.preference_loss == "pointwise")
+    progress = StepProgress("classifier selfreg (LoRA)")
+    trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows, callbacks=[progress])
     trainer.train()
     model.eval()
     return FittedHead("selfreg", model, lambda states: states, trainer.state.log_history)
@@ -55,12 +55,12 @@ def drift(
     return {"fvu_before": found.before, "fvu_after": found.after, "features_fit": found.features_describe_states}
 
 
-def _rows(part: TextSet) -> list[dict[str, Any]]:
+def _rows(part: TextSet, *, pointwise: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(part.texts):
         row = json.loads(text) if part.task == "preference" else {"text": text, "label": part.labels[number]}
         for name, values in (("weight", part.weights), ("margin", part.margins)):
-            if values is not None:
+            if values is not None and not (name == "margin" and pointwise):
                 row[name] = values[number]
         rows.append(row)
     return rows

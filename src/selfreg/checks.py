@@ -1,5 +1,6 @@
 """What is wrong with a recipe and its data, told before any long work starts."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -47,6 +48,13 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
             f"features.attribute: no label of the training set has texts of two values of {features.attribute!r}, so "
             "that it can't be told apart from the label; choose features by keywords or a judge, or add texts"
         )
+    if recipe.classifier.offset_weight and recipe.task == "single_label" and features.attribute is None:
+        counts = Counter(data.train.labels)
+        label, fewest = min(counts.items(), key=lambda item: item[1])
+        if fewest < 5:
+            raise RecipeError(
+                f"classifier.offset_weight needs 5 training texts of each label, {data.labels[label]!r} has {fewest}"
+            )
     if recipe.classifier.lora is not None:
         _of_key("classifier.lora", lambda: adapter_config(recipe.classifier.lora or {}))
     if features.rubric is not None:
@@ -96,7 +104,9 @@ def _check_chat(key: str, chat: ChatRecipe) -> None:
 
 
 def _check_rubric(rubric: Rubric, labels: list[str]) -> None:
-    unknown = sorted(set(rubric.labels) - set(labels)) if rubric.per_label and labels else []
+    if rubric.per_label and not labels:
+        raise ValueError("it gives verdicts for each label, but this task has none: leave per_label out")
+    unknown = sorted(set(rubric.labels) - set(labels)) if rubric.per_label else []
     if unknown:
         raise ValueError(
             f"it gives verdicts for each label, but {unknown[0]!r} is none of the data's: {', '.join(labels)}; spell "

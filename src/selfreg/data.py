@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfreg.activations.conversation import conversation
+from selfreg.activations.conversation import check_pair
 from selfreg.classifier.tasks import Task, indicator
 from selfreg.recipe import DataRecipe, RecipeError, SplitRecipe
 from selfreg.texts import TextSet
@@ -101,7 +101,7 @@ def _text_set(
         groups=[row[data.group] for row in rows] if data.group else None,
         attribute=[row[attribute] for row in rows] if attribute and training else None,
         weights=[_weight(row, i, data.weight) for i, row in enumerate(rows)] if data.weight and training else None,
-        margins=[float(row["margin"]) for row in rows] if task == "preference" and "margin" in rows[0] else None,
+        margins=_margins(rows, name) if task == "preference" else None,
         task=task,
     )
 
@@ -125,6 +125,20 @@ def _targets(rows: list[dict[str, Any]], name: str, column: str, task: Task, nam
             f"{where}: label {unseen[0]!r} never stands in the training set, which has {', '.join(names)}"
         )
     return [index[label] for label in labels]
+
+
+def _finite(value: Any, name: str) -> None:
+    if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+        raise ValueError(f"{name} is {value!r}, which is no finite number")
+
+
+def _margins(rows: list[dict[str, Any]], name: str) -> list[float] | None:
+    values = [row.get("margin") for row in rows]
+    if all(value is None for value in values):
+        return None
+    if None in values:
+        raise RecipeError(f"data {name!r}: row {values.index(None)} has no margin: give every pair one, or none")
+    return [float(value) for value in values if value is not None]
 
 
 def _weight(row: Mapping[str, Any], number: int, column: str) -> float:
@@ -206,13 +220,15 @@ def _check(rows: list[dict[str, Any]], name: str, data: DataRecipe, *, label: bo
 def _check_labels(rows: list[dict[str, Any]], name: str, column: str, task: Task) -> None:
     kinds: dict[str, tuple[Any, str]] = {
         "single_label": (str | int | float, "a label is one name or number"),
-        "multi_label": (list, "with task multi_label it is a list of names"),
+        "multi_label": (list, "with task multi_label it is a list of different names"),
         "regression": (int | float, "with task regression it is a number"),
     }
     kind, wanted = kinds[task]
     for number, row in enumerate(rows):
         value = row[column]
         fits = isinstance(value, kind) and (task != "regression" or math.isfinite(value))
+        if task == "multi_label" and fits:
+            fits = all(isinstance(own, str) for own in value) and len(set(value)) == len(value)
         if not fits:
             raise RecipeError(f"data {name!r}: row {number} has the label {value!r} in column {column!r}: {wanted}")
 
@@ -225,11 +241,11 @@ def _check_pairs(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     if not kept:
         raise RecipeError(f"data {name!r}: every pair has the same text on both sides: there is nothing to prefer")
     for number, row in enumerate(kept):
-        for side in ("chosen", "rejected"):
-            try:
-                conversation(row, side)
-            except ValueError as error:
-                raise RecipeError(f"data {name!r}: row {number}: {error}") from error
+        try:
+            check_pair(row)
+            _finite(row.get("margin"), "margin")
+        except ValueError as error:
+            raise RecipeError(f"data {name!r}: row {number}: {error}") from error
     return kept
 
 

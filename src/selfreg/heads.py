@@ -15,7 +15,7 @@ from selfreg.adapter_head import adapted_states, drift, fit_adapter
 from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
-from selfreg.classifier.offset import attribute_offsets, unintended_offsets
+from selfreg.classifier.offset import attribute_offsets, offsets_of
 from selfreg.classifier.path import WeightPath, resolve_weights
 from selfreg.classifier.scrubbing import scrub, scrub_words
 from selfreg.classifier.states import PooledStates
@@ -117,9 +117,10 @@ class Heads:
     @cached_property
     def scrubbed(self) -> dict[str, PooledStates] | None:
         """Of the texts without the keywords; with the activations in the texts as they are."""
-        words = self.recipe.features.keywords or scrub_words(self.catalog, self.unintended.feature_ids)
-        if not words:
-            logger.warning("scrubbing left out: no words were found at the peaks of the unintended features")
+        try:
+            words = self.recipe.features.keywords or scrub_words(self.catalog, self.unintended.feature_ids)
+        except ValueError as error:
+            logger.warning("scrubbing left out: %s", error)
             return None
         logger.info("scrubbing takes out: %s", ", ".join(words))
         parts = (self.data.train, *self.data.eval.values())
@@ -186,7 +187,14 @@ class Heads:
         if train.attribute is not None and train.task == "single_label":
             offsets = attribute_offsets(train.labels, train.attribute, len(self.data.labels))
         else:
-            offsets = unintended_offsets(train.task, states["train"], seed=self.recipe.seed)
+            model = self.classifier
+            offsets = offsets_of(
+                train.task,
+                states["train"],
+                model.score.out_features,
+                model.unintended_mask,
+                seed=self.recipe.seed,
+            )
         return {**states, "train": replace(states["train"], offsets=args.offset_weight * offsets)}
 
     def _choose_weights(self) -> None:
@@ -201,7 +209,11 @@ class Heads:
 
     def _fit_adapter(self) -> tuple[FittedHead, dict[str, PooledStates]]:
         self._choose_weights()
-        head = fit_adapter(self.data, self.args, self._new_classifier(self.recipe.classifier.lora))
+        part = self.recipe.classifier
+        args = replace(
+            self.args, num_train_epochs=part.adapter_epochs, adapter_learning_rate=part.adapter_learning_rate
+        )
+        head = fit_adapter(self.data, args, self._new_classifier(part.lora))
         template = self.recipe.backbone.template
         states = {
             # What a decision depends on is measured by the features' activations in the states as they were found.

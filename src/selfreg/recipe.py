@@ -196,7 +196,7 @@ class ClassifierRecipe(_Part):
     )
     remove_unintended: bool = True
     weight_decay: float = Field(2.0, ge=0, description="Of selfreg's classifier; l2 has its own, the others none.")
-    epochs: float = Field(100, gt=0, description="3 where nothing is said and lora is given.")
+    epochs: float = Field(100, gt=0)
     learning_rate: float = Field(3e-3, gt=0, description="Of the head.")
     batch_size: int = Field(64, ge=1)
     class_weights: Literal["balanced"] | list[float] | None = None
@@ -206,12 +206,11 @@ class ClassifierRecipe(_Part):
     lora: dict[str, Any] | None = Field(
         None, description="Train an adapter of the backbone too: {r: 8, ...}, as peft's LoraConfig takes it."
     )
+    adapter_epochs: float = Field(3, gt=0, description="With lora; each runs the backbone over all texts.")
+    adapter_learning_rate: float = Field(2e-4, gt=0, description="With lora, of the adapter.")
 
     @model_validator(mode="after")
     def _of_adapter(self) -> "ClassifierRecipe":
-        if self.lora is not None and "epochs" not in self.model_fields_set:
-            # Each epoch runs the backbone over all texts, and an adapter learns in a few.
-            self.epochs = 3
         if self.lora is not None and self.offset_weight:
             raise ValueError("offset_weight needs states that stay as they are: leave lora or offset_weight out")
         return self

@@ -105,8 +105,8 @@ class _Run:
             "methods": {name: method["figures"] for name, method in methods.items()},
             "groups": {name: method["cells"] for name, method in methods.items()},
         }
-        if "drift" in methods["selfreg"]:
-            metrics["drift"] = methods["selfreg"]["drift"]
+        metrics["drift"] = methods["selfreg"].get("drift")
+        if metrics["drift"] is not None:
             before, after = (metrics["drift"][f"fvu_{when}"] for when in ("before", "after"))
             self.tell(f"the adapter: FVU of the SAE {before:.4f} before it, {after:.4f} with it")
         write_json(self.output / "metrics.json", metrics)

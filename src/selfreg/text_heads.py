@@ -18,6 +18,8 @@ from selfreg.texts import TextSet
 
 logger = logging.getLogger(__name__)
 
+_QUESTION_CHARACTERS = 200
+
 TEXT_BASELINES = ("tfidf", "zero_shot")
 
 
@@ -65,7 +67,7 @@ def _zero_shot(recipe: Recipe, data: TaskData) -> dict[str, Tensor] | None:
     found = {}
     for name, part in data.eval.items():
         if recipe.task == "preference":
-            sides = zip(*_replies(part), strict=True)
+            sides = zip(*_with_questions(part), strict=True)
             found[name] = torch.cat([zero_shot_scores(chat, list(side), **options) for side in sides], dim=1)
         else:
             found[name] = zero_shot_logits(chat, part.texts, data.labels, task=recipe.task, **options)
@@ -76,6 +78,18 @@ def _replies(part: TextSet) -> list[tuple[str, str]]:
     """The last message of either side of each pair."""
     rows = [json.loads(text) for text in part.texts]
     return [tuple(conversation(row, side)[-1]["content"] for side in ("chosen", "rejected")) for row in rows]  # type: ignore[misc]
+
+
+def _with_questions(part: TextSet) -> list[tuple[str, str]]:
+    """Each reply behind the end of what was asked: a reply is judged by it, and has to survive the cut."""
+    texts = []
+    for text in part.texts:
+        row = json.loads(text)
+        sides = [conversation(row, side) for side in ("chosen", "rejected")]
+        asked = ["\n".join(message["content"] for message in side[:-1])[-_QUESTION_CHARACTERS:] for side in sides]
+        replies = [side[-1]["content"] for side in sides]
+        texts.append((f"{asked[0]}\n\nReply: {replies[0]}", f"{asked[1]}\n\nReply: {replies[1]}"))
+    return texts
 
 
 def changed_texts(part: TextSet, change: Callable[[list[str]], list[str]]) -> TextSet:

@@ -7,7 +7,7 @@ import torch
 
 from conftest import word_tokenizer
 from selfreg import HiddenStateExtractor
-from selfreg.activations.conversation import CHAT, ReplyFrame, conversation, render, render_pair
+from selfreg.activations.conversation import CHAT, ReplyFrame, check_pair, conversation, render, render_pair
 from selfreg.activations.prompt import PromptLayout
 
 TEMPLATE = (
@@ -109,7 +109,6 @@ def test_a_template_that_drops_replies_is_refused(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"chosen": "a", "rejected": "a"}, "are the same"),
         ({"chosen": "a", "rejected": " "}, "'rejected' is missing or empty"),
         ({"chosen": "a", "rejected": [{"content": "b"}]}, "is no message"),
         ({"chosen": "a", "rejected": [{"role": "assistant", "content": None}]}, "is no message"),
@@ -118,3 +117,14 @@ def test_a_template_that_drops_replies_is_refused(tokenizer: Any) -> None:
 def test_bad_pairs(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         conversation(row, "rejected")
+
+
+def test_the_same_on_both_sides() -> None:
+    with pytest.raises(ValueError, match="are the same"):
+        check_pair({"chosen": "a", "rejected": "a"})
+
+
+def test_a_template_that_marks_no_reply_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="puts nothing before a reply"):
+        ReplyFrame.from_tokenizer(tokenizer)

@@ -1,5 +1,6 @@
 """What the unintended features alone say about the target."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from selfreg import RegularizedSequenceClassifier, RegularizedTrainer, RegularizedTrainingArguments
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
-from selfreg.classifier.offset import attribute_offsets, unintended_offsets
+from selfreg.classifier.offset import attribute_offsets, offsets_of, unintended_offsets
 from selfreg.classifier.states import PooledStates
 
 RANDOM = np.random.default_rng(0)
@@ -70,9 +71,22 @@ def test_of_a_known_attribute() -> None:
     labels, attribute = [0, 0, 0, 1, 1, 1], ["a", "a", "a", "a", "b", None]
     f = attribute_offsets(labels, attribute, 2)
     prior = torch.tensor([3.5, 3.5]) / 7
-    torch.testing.assert_close(f[0], (torch.tensor([3.5, 1.5]) / 5 / prior).log())
-    torch.testing.assert_close(f[4], (torch.tensor([0.5, 1.5]) / 2 / prior).log())
+    # Counts of the other texts: of "a" two more of label 0 and one of label 1; of "b" there is no other.
+    torch.testing.assert_close(f[0], (torch.tensor([2.5, 1.5]) / 4 / prior).log())
+    assert f[4].abs().max() < 1e-6
     assert f[5].tolist() == [0, 0]
+
+
+def test_labels_without_texts_and_features_of_some_labels() -> None:
+    labels, z = tied(0.9)
+    states = states_of(labels, z)
+    f = offsets_of("single_label", states, 4)
+    assert f.shape == (N, 4)
+    assert not f[:, 2:].any()
+    mask = torch.ones(4, 30, dtype=torch.bool)
+    mask[0, 5:] = False
+    own = replace(states, activations=states.activations[:, :5])
+    torch.testing.assert_close(offsets_of("single_label", states, 4, mask), offsets_of("single_label", own, 4))
 
 
 def test_features_that_never_fire_say_nothing() -> None:
@@ -84,10 +98,11 @@ def test_features_that_never_fire_say_nothing() -> None:
 
 def test_the_head_leaves_to_the_features_what_they_say(tmp_path: Path) -> None:
     """Two dimensions: one of the label (weak), one of the group, which follows the label at 95 %."""
-    labels = RANDOM.integers(0, 2, N)
-    group = np.where(RANDOM.random(N) < 0.95, labels, 1 - labels)
-    h = np.stack([labels + RANDOM.normal(size=N), group + 0.1 * RANDOM.normal(size=N)], axis=1)
-    z = group[:, None] + 0.1 * RANDOM.normal(size=(N, 20))
+    random, many = np.random.default_rng(1), 4000
+    labels = random.integers(0, 2, many)
+    group = np.where(random.random(many) < 0.95, labels, 1 - labels)
+    h = np.stack([labels + random.normal(size=many), group + 0.1 * random.normal(size=many)], axis=1)
+    z = group[:, None] + 0.1 * random.normal(size=(many, 20))
     share = {}
     for weight in (0.0, 1.0):
         config = RegularizedSequenceClassifierConfig(
@@ -105,7 +120,8 @@ def test_the_head_leaves_to_the_features_what_they_say(tmp_path: Path) -> None:
             dependence_weight=0,
             offset_weight=weight,
             weight_decay=0.0,
-            num_train_epochs=40,
+            num_train_epochs=20,
+            per_device_train_batch_size=256,
             learning_rate=3e-2,
             report_to="none",
             save_strategy="no",

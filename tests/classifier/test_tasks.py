@@ -306,7 +306,7 @@ def test_what_does_not_go_together_is_refused(frozen: HiddenStateExtractor, text
         RegularizedTrainer(model=_model("preference", frozen), args=args, train_dataset=pairs)
     pointwise = make_args(tmp_path, preference_loss="pointwise")
     with pytest.raises(ValueError, match="a margin is between two sides"):
-        RegularizedTrainer(model=_model("preference", frozen), args=pointwise, train_dataset=pairs).train()
+        RegularizedTrainer(model=_model("preference", frozen), args=pointwise, train_dataset=pairs)
     with pytest.raises(ValueError, match="task='regression' has one output, a score; 3 labels are given"):
         RegularizedSequenceClassifier.from_backbone(frozen, None, None, num_labels=3, task="regression")
     states = _model("regression", frozen).pooled_states(texts, [1.0] * len(texts))
@@ -348,3 +348,74 @@ def test_states_of_pairs(frozen: HiddenStateExtractor, texts: list[str]) -> None
         model.pooled_states(texts[:3], None)
     with pytest.raises(ValueError, match="3 weights for 2 texts"):
         model.pooled_states(texts[:4], None, weights=[1.0, 1, 1])
+
+
+def test_names_of_labels_keep_their_order(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    """config.json sorts its keys by name, and the labels' order is not that of their names."""
+    names = {0: "toxic", 1: "insult", 2: "ad"}
+    model = RegularizedSequenceClassifier.from_backbone(frozen, None, None, id2label=names, task="multi_label")
+    torch.nn.init.normal_(model.score.weight)
+    rows = [{"text": text, "label": ["toxic"] if i % 2 else ["ad", "insult"]} for i, text in enumerate(texts)]
+    model.save_pretrained(tmp_path)
+    loaded = RegularizedSequenceClassifier.from_pretrained(tmp_path, backbone=frozen.backbone)
+    assert evaluate_classifier(loaded, rows) == pytest.approx(evaluate_classifier(model, rows), abs=1e-6)
+
+
+@pytest.mark.parametrize("class_weights", [None, [1.0, 5.0, 0.5]])
+def test_a_weight_does_not_hang_on_its_batch(
+    class_weights: Any, frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    """Four micro-batches of one, some of weight 0, are a batch of four."""
+    rows = [{"text": text, "label": i % 3, "weight": float(i % 4)} for i, text in enumerate(texts[:8])]
+    weights = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        model = make_classifier(frozen)
+        torch.nn.init.zeros_(model.score.weight)
+        args = make_args(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            class_weights=class_weights,
+            weight_decay=0.0,
+        )
+        RegularizedTrainer(model=model, args=args, train_dataset=rows).train()
+        weights.append(model.score.weight.detach())
+    assert torch.isfinite(weights[0]).all()
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_what_would_have_no_effect_is_refused(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    rows = [{"text": text, "label": i % 3} for i, text in enumerate(texts)]
+    args = make_args(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would have no effect"):
+        RegularizedTrainer(model=make_classifier(frozen), args=args, train_dataset=rows)
+    partly = [{**row, "weight": None if i == 2 else 1.0} for i, row in enumerate(rows)]
+    with pytest.raises(ValueError, match="row 2 has weight=None: give every row a number"):
+        RegularizedTrainer(model=make_classifier(frozen), args=make_args(tmp_path), train_dataset=partly)
+    args = make_args(tmp_path, class_weights=[0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="weights of texts and labels are all 0"):
+        RegularizedTrainer(model=make_classifier(frozen), args=args, train_dataset=rows)
+
+
+def test_auto_leaves_the_users_arguments_alone(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    model = make_classifier(frozen, remove_unintended=False)
+    states = model.pooled_states(texts * 3, [i % 3 for i in range(3 * len(texts))])
+    args = make_args(tmp_path, penalty_weight="auto", dependence_weight="auto", num_train_epochs=1)
+    trainer = RegularizedTrainer(model=model, args=args, train_dataset=states)
+    trainer.train()
+    assert args.penalty_weight == "auto"
+    assert trainer.weight_path is not None
+    chosen = trainer.weight_path.points[trainer.weight_path.chosen]
+    assert trainer.regularizer.dependence_weight == chosen.dependence_weight
+    assert (tmp_path / "weight_path.json").exists()
+
+
+def test_cut_texts_are_counted(frozen: HiddenStateExtractor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frozen.tokenizer.chat_template = None
+    extractor = HiddenStateExtractor(frozen.backbone, frozen.tokenizer, layer=1, max_length=6, name="tiny")
+    model = RegularizedSequenceClassifier.from_backbone(extractor, None, None, task="preference")
+    row = {"prompt": "the patient has a fever and a cough ", "chosen": "ill", "rejected": "well"}
+    with caplog.at_level("WARNING"):
+        evaluate_classifier(model, [row] * 6)
+    assert "12 of 12 texts fill max_length=6 tokens" in caplog.text
+    assert "6 of 6 pairs have the same tokens on both sides" in caplog.text

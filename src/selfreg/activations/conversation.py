@@ -51,6 +51,12 @@ class ReplyFrame:
                 f"the chat template of {tokenizer.name_or_path!r} does not write a reply after what was asked, as it "
                 f"was given: it makes {answered!r}"
             )
+        if not answered[len(asked) : start].strip():
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path!r} puts nothing before a reply by which it could be "
+                f"found in the tokens: it makes {answered!r}; set a chat_template that names the assistant, or use "
+                "template='{text}'"
+            )
         header, footer = answered[len(asked) : start], answered[start + len(_PROBE) :]
 
         def ids(text: str) -> tuple[int, ...]:
@@ -83,7 +89,7 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], temp
         template: `CHAT`, or another one, in which strings are joined as they are.
 
     Raises:
-        ValueError: a side is missing or empty, both are the same, or messages meet a template that is no chat.
+        ValueError: a side is missing or empty, or messages meet a template that is no chat.
     """
     sides = []
     for name in ("chosen", "rejected"):
@@ -100,14 +106,20 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], temp
     return sides[0], sides[1]
 
 
+def check_pair(row: Mapping[str, Any]) -> None:
+    """Raises ValueError where a side is missing, or both are the same."""
+    if row.get("chosen") == row.get("rejected"):
+        raise ValueError("'chosen' and 'rejected' are the same: there is nothing to prefer; leave the pair out")
+    for name in ("chosen", "rejected"):
+        conversation(row, name)
+
+
 def conversation(row: Mapping[str, Any], name: str) -> list[dict[str, str]]:
     """The messages of one side of a pair, prompt and reply.
 
     Raises:
         ValueError: see `render_pair`.
     """
-    if row.get("chosen") == row.get("rejected"):
-        raise ValueError("'chosen' and 'rejected' are the same: there is nothing to prefer; leave the pair out")
     prompt, reply = _messages(row.get("prompt"), "prompt", "user"), _messages(row.get(name), name, "assistant")
     if not reply or not str(reply[-1]["content"] or "").strip():
         raise ValueError(f"the side {name!r} is missing or empty: leave the pair out")

@@ -249,13 +249,14 @@ class HiddenStateExtractor:
                     writer.write(shard)
         store = ActivationStore(path)
         if store.num_full:
-            logger.warning(
-                "%d of %d texts fill max_length=%d tokens: what they have beyond is left out",
-                store.num_full,
-                store.num_texts,
-                self.spec.max_length,
-            )
+            self._tell_cut(store.num_full, store.num_texts)
         return store
+
+    def _tell_cut(self, cut: int, total: int) -> None:
+        beyond = "what they have beyond is left out"
+        if self.layout.frame is not None:
+            beyond = "what is beyond is left out, first of what was said before the reply"
+        logger.warning("%d of %d texts fill max_length=%d tokens: %s", cut, total, self.spec.max_length, beyond)
 
     def iterate(
         self, texts: Sequence[str], *, shard_tokens: int = 65_536, start: int = 0, advance: Advance | None = None
@@ -298,7 +299,11 @@ class HiddenStateExtractor:
         Yields:
             which texts a batch holds `[B]`, the batch, and the hidden states of all its tokens `[B, T, D]`, float32.
         """
-        for rows, batch in self._batches(self.tokenize(texts)):
+        prompts = self.tokenize(texts)
+        cut = sum(len(ids) >= self.layout.max_length for ids, _, _ in prompts)
+        if cut:
+            self._tell_cut(cut, len(prompts))
+        for rows, batch in self._batches(prompts):
             on_device = PromptBatch(*(tensor.to(self.device) for tensor in batch))
             yield torch.tensor(rows), on_device, self._hidden_states(on_device)
 

@@ -23,7 +23,7 @@ from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import orthonormal_basis
 from selfreg.classifier.states import PooledStates
-from selfreg.classifier.tasks import Task
+from selfreg.classifier.tasks import Task, weighted_mean
 from selfreg.classifier.trainer import RegularizedTrainer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 
@@ -186,7 +186,9 @@ class _LabelSmoothingTrainer(RegularizedTrainer):
         own: Tensor = super().loss_of(logits, labels, model, **columns)
         if not model.training:
             return own
-        spread = _spread_loss(model.task, logits, columns.get("sample_weights"))
+        each = _spread_loss(model.task, logits)
+        weights = self.weights_of(labels, model.task, columns.get("sample_weights")).to(each)
+        spread = weighted_mean(each, weights, self.mean_weight)
         return (1 - _LABEL_SMOOTHING) * own + _LABEL_SMOOTHING * spread
 
 
@@ -198,31 +200,25 @@ class _FocalTrainer(RegularizedTrainer):
     ) -> Tensor:
         if not model.training:
             return super().loss_of(logits, labels, model, **columns)
-        return focal_loss(model.task, logits, labels, self._label_weights, columns.get("sample_weights"))
+        each = focal_losses(model.task, logits, labels)
+        weights = self.weights_of(labels, model.task, columns.get("sample_weights")).to(each)
+        return weighted_mean(each, weights, self.mean_weight)
 
 
-def focal_loss(
-    task: Task, logits: Tensor, labels: Tensor, label_weights: Tensor | None, sample_weights: Tensor | None
-) -> Tensor:
-    """(1 - p)^γ · cross-entropy, p the probability of the true label; for many labels the mean over labels."""
-    weights = torch.ones_like(logits[:, 0]) if sample_weights is None else sample_weights
+def focal_losses(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """`[N]`: (1 - p)^γ · cross-entropy, p the probability of the true label; for many labels the mean over labels."""
     if task == "multi_label":
         each = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none")
-        return (weights * ((1 - torch.exp(-each)).pow(_FOCAL_GAMMA) * each).mean(dim=1)).sum() / weights.sum()
+        return ((1 - torch.exp(-each)).pow(_FOCAL_GAMMA) * each).mean(dim=1)
     each = F.cross_entropy(logits, labels, reduction="none")
-    if label_weights is not None:
-        weights = weights * label_weights.to(logits)[labels]
-    return (weights * (1 - torch.exp(-each)).pow(_FOCAL_GAMMA) * each).sum() / weights.sum()
+    return (1 - torch.exp(-each)).pow(_FOCAL_GAMMA) * each
 
 
-def _spread_loss(task: Task, logits: Tensor, weights: Tensor | None) -> Tensor:
-    """The loss where every label is as likely as the others."""
+def _spread_loss(task: Task, logits: Tensor) -> Tensor:
+    """The loss `[N]` where every label is as likely as the others."""
     if task == "multi_label":
-        each = (F.softplus(-logits) / 2 + F.softplus(logits) / 2).mean(dim=1)
-    else:
-        each = -F.log_softmax(logits, dim=1).mean(dim=1)
-    weights = torch.ones_like(each) if weights is None else weights
-    return (weights * each).sum() / weights.sum()
+        return (F.softplus(-logits) / 2 + F.softplus(logits) / 2).mean(dim=1)
+    return -F.log_softmax(logits, dim=1).mean(dim=1)
 
 
 class _SpectralNormTrainer(RegularizedTrainer):

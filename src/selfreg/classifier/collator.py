@@ -1,5 +1,6 @@
 """Rows of a dataset -> batches, and -> pooled states."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,8 +97,20 @@ def labels_of(dataset: Any) -> Any:
 
 
 def numbers_of(dataset: Any, name: str) -> list[float] | None:
-    """A column of numbers, if there is one."""
-    return [float(row[name]) for row in dataset] if dataset[0].get(name) is not None else None
+    """A column of numbers, if there is one.
+
+    Raises:
+        ValueError: some rows have none, or one is no finite number.
+    """
+    if isinstance(dataset, PooledStates):
+        return None
+    values = [row.get(name) for row in dataset]
+    if all(value is None for value in values):
+        return None
+    for number, value in enumerate(values):
+        if isinstance(value, str) or value is None or not math.isfinite(float(value)):
+            raise ValueError(f"row {number} has {name}={value!r}: give every row a number, or none of them")
+    return [float(value) for value in values]
 
 
 def pooled_dataset(model: RegularizedSequenceClassifier, dataset: Any) -> PooledStates:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfreg.activations.conversation import conversation
+from selfreg.activations.conversation import check_pair
 from selfreg.classifier.collator import labels_of, numbers_of
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.states import PooledStates
-from selfreg.classifier.tasks import as_targets
+from selfreg.classifier.tasks import as_targets, text_weights
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 
 
@@ -65,11 +65,10 @@ def _check_pairs(dataset: Any, name: str) -> Tensor:
         if side not in dataset[0]:
             raise ValueError(f"{name} needs a column {side!r}; it has {', '.join(dataset[0])}")
     for number, row in enumerate(dataset):
-        for side in ("chosen", "rejected"):
-            try:
-                conversation(row, side)
-            except ValueError as error:
-                raise ValueError(f"{name}: row {number}: {error}") from error
+        try:
+            check_pair(row)
+        except ValueError as error:
+            raise ValueError(f"{name}: row {number}: {error}") from error
     return torch.zeros(len(dataset), dtype=torch.long)
 
 
@@ -82,6 +81,30 @@ def check_removal(dataset: Any, model: RegularizedSequenceClassifier, name: str)
             f"{name} holds states {'with' if known else 'without'} the unintended features removed, but the model has "
             f"remove_unintended={removes}: make them anew with model.pooled_states"
         )
+
+
+def check_margins(dataset: Any, args: RegularizedTrainingArguments, name: str) -> None:
+    """Raises ValueError where pairs have margins that the loss can't use."""
+    if dataset is None or args.preference_loss != "pointwise":
+        return
+    has = dataset.margins is not None if isinstance(dataset, PooledStates) else dataset[0].get("margin") is not None
+    if has:
+        raise ValueError(
+            f"{name}: a margin is between two sides, and preference_loss='pointwise' can't use it; drop the column"
+        )
+
+
+def mean_weight(dataset: Any, labels: Tensor, of_labels: Tensor | None, model: RegularizedSequenceClassifier) -> float:
+    """Mean over the training set of what a text counts in the loss.
+
+    Raises:
+        ValueError: no text counts.
+    """
+    given = dataset.weights if isinstance(dataset, PooledStates) else numbers_of(dataset, "weight")
+    weights = text_weights(model.task, labels, None if given is None else torch.as_tensor(given), of_labels)
+    if not float(weights.mean()) > 0:
+        raise ValueError("the weights of texts and labels are all 0: no text would count")
+    return float(weights.mean())
 
 
 def label_weights(

@@ -241,6 +241,11 @@ class RegularizedSequenceClassifier(PoolingMixin, PreTrainedModel):
         logits = self.logits(pooled)
         loss = None
         if labels is not None:
+            if self.task == "preference" and logits.shape[-1] != 2:
+                raise ValueError(
+                    "a single text has no preference: labels need pooled states of both sides, [N, 2, hidden_size]; "
+                    "RegularizedTrainer pairs texts"
+                )
             loss = task_loss(self.task, logits, labels, target_scale=self.loss_scale)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)

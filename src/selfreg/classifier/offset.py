@@ -12,10 +12,12 @@ Shapes: N texts (or pairs), U unintended features, L labels.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,6 +29,23 @@ _FOLDS = 5
 _STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 _Matrix = NDArray[np.float64]
+
+
+def offsets_of(
+    task: Task, states: PooledStates, num_labels: int, mask: Tensor | None = None, *, seed: int = 0
+) -> Tensor:
+    """`unintended_offsets` in the shape of a head's logits, 0 for labels without texts.
+
+    Args:
+        task, states, seed: see there.
+        num_labels: outputs of the head.
+        mask (`[L, U]`, *optional*): for which labels each feature is unintended. Those count that are so for all: what
+            is a reason for some may be learned.
+    """
+    if mask is not None:
+        states = replace(states, activations=states.activations[..., mask.all(dim=0)])
+    offsets = unintended_offsets(task, states, seed=seed)
+    return F.pad(offsets, (0, num_labels - offsets.shape[1])) if task == "single_label" else offsets
 
 
 def unintended_offsets(task: Task, states: PooledStates, *, seed: int = 0) -> Tensor:
@@ -125,7 +144,7 @@ def _log_shares(labels_N: NDArray[np.int64]) -> _Matrix:
 def attribute_offsets(labels: Sequence[int], attribute: Sequence[Any], num_labels: int) -> Tensor:
     """The same where the attribute itself is known of the training texts: log p(label | value) - log p(label).
 
-    By counts, half a text added to each; 0 for texts whose attribute is not known.
+    By the counts of the other texts, half a text added to each; 0 for texts whose attribute is not known.
 
     Args:
         labels (`[N]`): class ids.
@@ -141,9 +160,14 @@ def attribute_offsets(labels: Sequence[int], attribute: Sequence[Any], num_label
     for label, value in zip(labels, attribute, strict=True):
         if value is not None:
             counts.setdefault(str(value), np.full(num_labels, 0.5))[label] += 1
-    said = {value: np.log(own / own.sum()) - np.log(prior / prior.sum()) for value, own in counts.items()}
-    rows = [np.zeros(num_labels) if value is None else said[str(value)] for value in attribute]
-    return torch.from_numpy(np.stack(rows)).float()
+    rows = np.zeros((len(labels), num_labels))
+    for row, (label, value) in enumerate(zip(labels, attribute, strict=True)):
+        if value is not None:
+            # Without the text itself: of a value that comes once, its own label would be told by heart.
+            others = counts[str(value)].copy()
+            others[label] -= 1
+            rows[row] = np.log(others / others.sum()) - np.log(prior / prior.sum())
+    return torch.from_numpy(rows).float()
 
 
 def _of_pairs(z_NK: _Matrix, seed: int) -> _Matrix:

@@ -1,5 +1,6 @@
 """PoolingMixin: how a classifier gets from texts to the states that its head reads."""
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from selfreg.classifier.pooling import FeatureRows, pool_store, pool_texts, pool
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import Task, as_targets
 from selfreg.features.selection import UnintendedFeatures
+
+logger = logging.getLogger(__name__)
 
 
 class PoolingMixin:
@@ -100,6 +103,15 @@ class PoolingMixin:
                 )
             pooled, activations = pooled.unflatten(0, (-1, 2)), activations.unflatten(0, (-1, 2))
             labels = [0] * len(pooled)
+            same = int((pooled[:, 0] == pooled[:, 1]).all(dim=1).sum())
+            if same:
+                logger.warning(
+                    "%d of %d pairs have the same tokens on both sides, cut at max_length=%d: nothing can be learned "
+                    "of them; raise max_length, or use template='{chat}', which cuts what was said before the reply",
+                    same,
+                    len(pooled),
+                    self.config.max_length,
+                )
         return PooledStates(
             pooled,
             activations,

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from selfreg.activations.store import save_tensors
@@ -78,6 +79,11 @@ class RegularizationMixin(PartsTrainer):
                 "UnintendedFeatures.from_pretrained(folder), or one of its other from_... methods"
             )
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "FSDP and DeepSpeed's stage 3 hold the head in pieces, of which the terms on its weights can't be "
+                "worked out so far: use DDP"
+            )
         if isinstance(self.args, RegularizationArguments):
             if regularization is not None:
                 raise ValueError(
@@ -242,7 +248,9 @@ class RegularizationMixin(PartsTrainer):
         """Scale and dependence over the whole training set: without forgetting, they are the closed form."""
         # The order of the training's batches must not hang on this pass.
         with torch.random.fork_rng(devices=[]):
-            loader = self.get_eval_dataloader(self.train_dataset)
+            # Not get_eval_dataloader, whose workers may be kept for the next evaluation.
+            dataset: Any = self.train_dataset
+            loader = self.get_test_dataloader(dataset)
             with progress("what the head reads", len(loader), "batches") as advance:
                 for batch in loader:
                     inputs = self._prepare_inputs(batch)

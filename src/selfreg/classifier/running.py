@@ -104,6 +104,10 @@ class RunningDependence:
         # All texts, not only those that the sums still remember.
         self._sums["seen"] = before["seen"] + batch["seen"]
 
+    def scale(self, factor: float) -> None:
+        """Makes all that was seen so far count `factor` times as much beside what comes."""
+        self._sums = {name: total if name == "seen" else total * factor for name, total in self._sums.items()}
+
     @property
     def directions(self) -> Tensor:
         """`[U, D]`, float32; zeros before `min_texts` were seen, and for features that don't vary within a label."""

@@ -47,8 +47,9 @@ def task_loss(
     margins: Tensor | None = None,
     target_scale: Tensor | float = 1.0,
     preference_loss: PreferenceLoss = "bradley_terry",
+    mean_weight: float | None = None,
 ) -> Tensor:
-    """The mean loss of a batch; see the table at the top of this file.
+    """The (weighted) mean loss of a batch; see the table at the top of this file.
 
     Args:
         task: which one.
@@ -59,6 +60,8 @@ def task_loss(
         margins (`[N]`, *optional*): by how much the chosen side should win at least (Bradley-Terry only).
         target_scale: standard deviation of the target (`regression`).
         preference_loss: of the two losses of `preference`.
+        mean_weight: mean of the texts' weights over the whole training set. With it a text counts the same whatever
+            else is in its batch; None: the weights are those of all texts there are.
     """
     weights = torch.ones_like(logits[:, 0]) if sample_weights is None else sample_weights.to(logits)
     if task == "single_label":
@@ -76,7 +79,18 @@ def task_loss(
         each = -F.logsigmoid(difference if margins is None else difference - margins.to(logits))
     else:
         each = -(F.logsigmoid(logits[:, 0]) + F.logsigmoid(-logits[:, 1])) / 2
-    return (weights * each).sum() / weights.sum()
+    return weighted_mean(each, weights, mean_weight)
+
+
+def weighted_mean(each: Tensor, weights: Tensor, mean_weight: float | None) -> Tensor:
+    """Σ w l / Σ w; or Σ w l / (N · mean_weight) where the mean weight is known from elsewhere."""
+    return (weights * each).sum() / (weights.sum() if mean_weight is None else len(each) * mean_weight)
+
+
+def text_weights(task: Task, labels: Tensor, sample_weights: Tensor | None, label_weights: Tensor | None) -> Tensor:
+    """What each text of a training set counts in the loss, `[N]`."""
+    weights = torch.ones(len(labels)) if sample_weights is None else sample_weights.float()
+    return weights * label_weights[labels] if task == "single_label" and label_weights is not None else weights
 
 
 def _weighted(losses_NL: Tensor, label_weights: Tensor | None) -> Tensor:

@@ -1,7 +1,6 @@
 """RegularizedTrainer: trains a classifier that stays off the unintended features."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.checkpoint import check_saved_whole
-from selfreg.classifier.collator import ClassifierCollator, labels_of, pooled_dataset
-from selfreg.classifier.inputs import check_dataset, check_removal, label_weights
+from selfreg.classifier.collator import ClassifierCollator, pooled_dataset
+from selfreg.classifier.inputs import check_dataset, check_margins, check_removal, label_weights, mean_weight
 from selfreg.classifier.lora import ADAPTER_FOLDER, restore_adapter, unsaved_parameters
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
-from selfreg.classifier.offset import unintended_offsets
-from selfreg.classifier.path import DEFAULTS, WeightPath, resolve_weights
+from selfreg.classifier.path import WeightPath
 from selfreg.classifier.penalty import dependence_directions
+from selfreg.classifier.preparation import (
+    OWN_UNUSED,
+    STOCK_UNUSED,
+    chosen_weights,
+    refuse_unused,
+    stacked,
+    with_offsets,
+)
 from selfreg.classifier.regularizer import RegularizationMixin
 from selfreg.classifier.running import RunningDependence, batch_constant
 from selfreg.classifier.states import PooledStates
-from selfreg.classifier.tasks import as_targets, held_constant, task_loss
+from selfreg.classifier.tasks import Task, held_constant, task_loss, text_weights
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -73,6 +78,8 @@ class RegularizedTrainer(RegularizationMixin):
             )
         self._label_weights: Tensor | None = None
         self.weight_path: WeightPath | None = None
+        # Of the texts of the training set: with it a text counts the same whatever else is in its batch.
+        self.mean_weight = 1.0
         self._running: RunningDependence | None = None
         if own:
             if unsaved_parameters(model.backbone):
@@ -98,8 +105,12 @@ class RegularizedTrainer(RegularizationMixin):
                 check_dataset(part, model, name, training=False)
             for name, part in {"train_dataset": train_dataset, **parts}.items():
                 check_removal(part, model, name)
+                check_margins(part, args, name)
                 _check_states_stay(part, model, name)
+            refuse_unused(args, kwargs, OWN_UNUSED)
             self._label_weights = label_weights(args, labels, model)
+            if labels is not None:
+                self.mean_weight = mean_weight(train_dataset, labels, self._label_weights, model)
             if args.offset_weight and not cached:
                 raise ValueError(
                     f"offset_weight={args.offset_weight} needs states that stay as they are: set cache_states=True "
@@ -115,8 +126,10 @@ class RegularizedTrainer(RegularizationMixin):
                     eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
                 else:
                     eval_dataset = _cached(model, eval_dataset)
-            train_dataset = _with_offsets(model, args, train_dataset)
-            self.weight_path = _choose_weights(model, args, train_dataset)
+            train_dataset = with_offsets(model, args, train_dataset)
+            args, self.weight_path = chosen_weights(model, args, train_dataset)
+        else:
+            refuse_unused(args, kwargs, STOCK_UNUSED)
         super().__init__(
             model,
             args,
@@ -141,10 +154,6 @@ class RegularizedTrainer(RegularizationMixin):
         inputs = dict(inputs)
         columns = ("labels", "weight", "margin", "offset")
         labels, weights, margins, offsets = (inputs.pop(name, None) for name in columns)
-        if margins is not None and self.args.preference_loss == "pointwise":
-            raise ValueError(
-                "a margin is between two sides: preference_loss='pointwise' can't use it; drop the column"
-            )
         # Asked for in training only: in evaluation a Trainer gathers all that a model gives.
         running = self._running if model.training else None
         outputs = model(**inputs, output_pooled=True) if running is not None else model(**inputs)
@@ -168,8 +177,14 @@ class RegularizedTrainer(RegularizationMixin):
             label_weights=self._label_weights,
             target_scale=model.loss_scale,
             preference_loss=self.args.preference_loss,
+            mean_weight=self.mean_weight,
             **columns,
         )
+
+    def weights_of(self, labels: Tensor, task: Task, sample_weights: Tensor | None) -> Tensor:
+        """What each text of a batch counts, `[N]`; see `mean_weight`."""
+        label_weights = None if self._label_weights is None else self._label_weights.to(labels.device)
+        return text_weights(task, labels, sample_weights, label_weights)
 
     def _follow_adapter(
         self, running: RunningDependence, model: RegularizedSequenceClassifier, outputs: Any, labels: Tensor
@@ -232,7 +247,7 @@ class RegularizedTrainer(RegularizationMixin):
         """Standardisation and dependence directions, in closed form over the training set as it is now."""
         states = dataset if isinstance(dataset, PooledStates) else None
         if states is None and "pooled" in dataset[0]:
-            states = self._stacked(model, dataset)
+            states = stacked(model, dataset, needs_activations=bool(self.args.dependence_weight))
         if states is None:
             # cache_states is off: the backbone runs at every step, and once before for what the head is fitted to.
             states = pooled_dataset(model, dataset)
@@ -245,22 +260,12 @@ class RegularizedTrainer(RegularizationMixin):
             self.regularizer.dependence_directions = dependence_directions(differences, activations, constant)
             if not model.backbone_is_frozen:
                 constant = batch_constant(model.task, states.labels, model.score.out_features)
-                self._running = RunningDependence(activations.shape[1], differences.shape[1], constant.shape[1])
+                sizes, momentum = (activations.shape[1], differences.shape[1]), self.args.dependence_momentum
+                self._running = RunningDependence(*sizes, constant.shape[1], momentum)
                 self._running.update(differences, activations, constant)
-
-    def _stacked(self, model: RegularizedSequenceClassifier, dataset: Any) -> PooledStates:
-        rows = [dataset[i] for i in range(len(dataset))]
-        if self.args.dependence_weight and "unintended_activations" not in rows[0]:
-            raise ValueError(
-                "rows of pooled states need 'unintended_activations' for the dependence term: make them with "
-                "model.pooled_states(texts, labels), or set dependence_weight=0"
-            )
-        pooled, activations = (
-            torch.stack([torch.as_tensor(row.get(name, []), dtype=torch.float32) for row in rows])
-            for name in ("pooled", "unintended_activations")
-        )
-        labels = as_targets(model.task, labels_of(rows), model.score.out_features, "train_dataset")
-        return PooledStates(pooled, activations, labels)
+                # The whole set would outweigh the batches for as long as it is larger than what is remembered.
+                remembered = self.args.per_device_train_batch_size / max(1 - momentum, 1e-6)
+                self._running.scale(min(1.0, remembered / len(differences)))
 
 
 def _check_states_stay(dataset: Any, model: RegularizedSequenceClassifier, name: str) -> None:
@@ -271,42 +276,6 @@ def _check_states_stay(dataset: Any, model: RegularizedSequenceClassifier, name:
             f"{name} holds pooled states, which change while the adapter is trained: give texts, or freeze the "
             "adapter (model.backbone.requires_grad_(False)) and train the head alone"
         )
-
-
-def _with_offsets(model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, dataset: Any) -> Any:
-    """The training set with what the features alone say of it, unless it brings its own offsets."""
-    if not (args.offset_weight and model.config.num_unintended) or dataset is None:
-        return dataset
-    if not isinstance(dataset, PooledStates):
-        raise ValueError(
-            "offset_weight needs a PooledStates, which knows the features' activations: model.pooled_states makes it"
-        )
-    if dataset.offsets is not None:
-        return dataset
-    states, mask = dataset, model.unintended_mask
-    if mask is not None:
-        # Those that are unintended for all labels: what is a reason for some may be learned.
-        states = replace(states, activations=states.activations[..., mask.all(dim=0)])
-    return replace(dataset, offsets=args.offset_weight * unintended_offsets(model.task, states))
-
-
-def _choose_weights(
-    model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, dataset: Any
-) -> WeightPath | None:
-    """Puts numbers in the place of "auto" in `args`."""
-    auto = [name for name in DEFAULTS if getattr(args, name) == AUTO]
-    if not auto:
-        return None
-    if dataset is None:
-        chosen, path = DEFAULTS, None  # nothing is trained
-    else:
-        states = dataset if isinstance(dataset, PooledStates) else pooled_dataset(model, dataset)
-        resolved, path = resolve_weights(model, args, states)
-        chosen = {name: getattr(resolved, name) for name in auto}
-        logger.info("chosen by validation loss: %s", ", ".join(f"{name}={chosen[name]:g}" for name in auto))
-    for name in auto:
-        setattr(args, name, chosen[name])
-    return path
 
 
 def _cached(model: RegularizedSequenceClassifier, dataset: Any) -> Any:

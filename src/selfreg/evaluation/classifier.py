@@ -85,7 +85,8 @@ def _label(value: Any, model: RegularizedSequenceClassifier) -> Any:
         return value
     if model.task == "multi_label":
         if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(own, str) for own in value):
-            return indicator(value, list(label2id), "the classifier's labels")
+            names = [name for _, name in sorted((model.config.id2label or {}).items())]
+            return indicator(value, names, "the classifier's labels")
         return value
     if isinstance(value, str) and value not in label2id:
         raise ValueError(f"label {value!r} is none of the classifier's: {', '.join(label2id)}")

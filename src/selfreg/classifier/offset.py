@@ -26,7 +26,7 @@ from selfreg.classifier.tasks import Task
 
 COMPONENTS = 10
 _FOLDS = 5
-_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
+_STRENGTHS = (1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3)
 
 _Matrix = NDArray[np.float64]
 

@@ -55,7 +55,7 @@ def test_defaults() -> None:
         ({"features": {"judge": {"local": "m"}}}, "judge needs explainer and rubric"),
         ({"features": {"judge": {"endpoint": "http://x"}}}, "endpoint needs model"),
         ({"baselines": ["plain", "magic"]}, "baseline 'magic' is not known; there are plain, l2, dropout"),
-        ({"task": "regression"}, "task: .*'single_label'"),
+        ({"task": "ranking"}, "task: .*'single_label'"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_mend(changes: dict[str, Any], message: str) -> None:

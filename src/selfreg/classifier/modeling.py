@@ -221,7 +221,8 @@ class RegularizedSequenceClassifier(PoolingMixin, PreTrainedModel):
         Args:
             input_ids, attention_mask (`[batch, tokens]`): what the tokenizer makes of the bare texts, padded on either
                 side; the template is put around them here, and what is over `max_length` is cut off.
-            labels (`[batch]`): class ids.
+            labels: for the loss of the task; see `tasks.task_loss`. Class ids `[batch]`, or `[batch, L]` of 0 and 1
+                (`multi_label`), or numbers `[batch]` (`regression`).
             pooled (`[batch, hidden_size]`): cached states from `pooled_states`, instead of texts.
             token_type_ids: taken for the sake of tokenizers that give them, and not used.
             return_dict: as in transformers.

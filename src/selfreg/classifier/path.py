@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score, r2_score
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from selfreg.classifier.arguments import AUTO
@@ -265,6 +263,8 @@ def fitted_regularizer(
 
 def split(model: RegularizedSequenceClassifier, states: PooledStates, seed: int) -> tuple[PooledStates, PooledStates]:
     """Four fifths to solve on and a fifth to choose by; drawn within each label where every label can spare texts."""
+    from sklearn.model_selection import train_test_split
+
     stratify = None
     if model.task == "single_label":
         counts = states.labels.unique(return_counts=True)[1]
@@ -334,6 +334,8 @@ class _Loss:
 
 @torch.no_grad()
 def _score(model: RegularizedSequenceClassifier, states: PooledStates) -> float:
+    from sklearn.metrics import accuracy_score, f1_score, r2_score
+
     logits = model.logits(states.pooled.to(model.score.weight.device)).cpu()
     labels = states.labels.numpy()
     if model.task == "single_label":

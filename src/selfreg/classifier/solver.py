@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from selfreg.activations.prompt import check_choice
@@ -241,6 +240,8 @@ class HeadProblem:
         tolerance: float,
         max_iterations: int,
     ) -> tuple[Tensor, Tensor, int, bool]:
+        from scipy.optimize import minimize
+
         factor_DD = self._factor(weight, bias, terms, smoothing)
         size = weight.numel()
 

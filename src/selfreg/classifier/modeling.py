@@ -229,7 +229,7 @@ class RegularizedSequenceClassifier(PoolingMixin, PreTrainedModel):
             output_pooled: give the pooled states and the activations of the unintended features too.
 
         Returns:
-            `RegularizedClassifierOutput` with `logits` `[batch, num_labels]`, and the mean cross-entropy with labels.
+            `RegularizedClassifierOutput` with `logits` `[batch, num_labels]`, and the loss with labels.
         """
         if (pooled is None) == (input_ids is None):
             raise ValueError("give either input_ids or pooled states")

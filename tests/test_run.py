@@ -413,6 +413,17 @@ def test_no_feature_found_is_no_success(folder: Path, tmp_path: Path) -> None:
         run_recipe(recipe)
 
 
+def test_an_empty_set_that_was_asked_for_is_the_plain_classifier(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    recipe = values(folder, tmp_path / "out", features={"ids": []}, baselines=["l2", "projection"])
+    metrics = run_recipe(Recipe.from_dict(recipe), tell=lines.append)
+    assert any("selfreg is the plain classifier here" in line for line in lines)
+    ours, l2 = (metrics["methods"][name]["test"] for name in ("selfreg", "l2"))
+    assert ours["unintended_use"] is None
+    # selfreg without features is the probe with selfreg's weight decay.
+    assert ours["accuracy"] == l2["accuracy"]
+
+
 def test_cut_texts_are_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = values(folder, tmp_path / "out")
     recipe["backbone"]["max_length"] = 4

@@ -273,10 +273,13 @@ class _Run:
         ]
         _, there = self.stages.run("unintended", inputs, work, outputs=(folder,))
         chosen = UnintendedFeatures.from_pretrained(folder)
+        if len(chosen) == 0 and recipe.method == "ids":
+            self.tell("the set of unintended features is empty: selfreg is the plain classifier here")
+            return chosen
         if len(chosen) == 0:
             raise RecipeError(
                 f"no unintended feature was found by features.{recipe.method}, so that there is nothing to keep off: "
-                "look at the features in catalog/features.parquet, and choose them in another way"
+                "look at the features in catalog/features.parquet, and choose them in another way (ids: [] for none)"
             )
         self.tell(f"unintended features: {len(chosen)} of {len(catalog)}, chosen by {recipe.method}{again(there)}")
         return chosen

@@ -45,16 +45,32 @@ SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg_offset": ("attribute", _OFFSET),
     "selfreg_offset_keywords": ("keywords", _OFFSET),
     "selfreg_offset_random": ("random", _OFFSET),
-    "offset_only": ("attribute", {**_OFF, "offset_weight": OFFSET}),
-    "offset_only_keywords": ("keywords", {**_OFF, "offset_weight": OFFSET}),
-    "offset_only_random": ("random", {**_OFF, "offset_weight": OFFSET}),
     "removal_only": ("attribute", {**_OFF, "remove_unintended": True}),
     "penalty_only": ("attribute", {k: v for k, v in _OFF.items() if k != "penalty_weight"}),
     "dependence_only": ("attribute", {k: v for k, v in _OFF.items() if k != "dependence_weight"}),
 }
 """Which features, and what differs from selfreg's defaults."""
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "similarity_encoder": ("attribute", {"similarity": "encoder"}),
+    "similarity_cosine": ("attribute", {"similarity": "cosine"}),
+    "similarity_subspace": ("attribute", {"similarity": "subspace"}),
+    "penalty_3": ("attribute", {"penalty_weight": 3.0}),
+    "dependence_3": ("attribute", {"dependence_weight": 3.0}),
+    "dependence_300": ("attribute", {"dependence_weight": 300.0}),
+    "no_removal": ("attribute", {"remove_unintended": False}),
+    "no_weight_decay": ("attribute", {"weight_decay": 0.0}),
+    "auto": ("attribute", {"penalty_weight": "auto", "dependence_weight": "auto"}),
+    "features_10": ("attribute:10", {}),
+    "features_30": ("attribute:30", {}),
+    "offset_100": ("attribute", {**_OFFSET, "offset_weight": 1.0}),
+    "offset_100_keywords": ("keywords", {**_OFFSET, "offset_weight": 1.0}),
+    "offset_only": ("attribute", {**_OFF, "offset_weight": OFFSET}),
+    "offset_only_keywords": ("keywords", {**_OFF, "offset_weight": OFFSET}),
+    "offset_only_random": ("random", {**_OFF, "offset_weight": OFFSET}),
+}
+"""One thing changed in selfreg each; computed where they are asked for with --methods."""
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")
-METHODS = (*SELFREG, *BASELINES, "scrubbing", "tfidf", "zero_shot", "balanced")
+METHODS = (*SELFREG, *ABLATIONS, *BASELINES, "scrubbing", "tfidf", "zero_shot", "balanced")
 ZERO_SHOT_TEXTS = 60
 """Of each eval set, drawn once: a prompt costs as much as a hundred trainings of a head."""
 
@@ -187,7 +203,7 @@ class Trial:
         }
 
     def _scores(self, method: str) -> dict[str, Scores]:
-        if method in SELFREG:
+        if method in SELFREG or method in ABLATIONS:
             return self._selfreg(method)
         if method in BASELINES:
             train = self.states(self.rows.train, self.measure, None)
@@ -200,8 +216,11 @@ class Trial:
         return {"scrubbing": self._scrubbing, "tfidf": self._tfidf, "zero_shot": self._zero_shot}[method]()
 
     def _selfreg(self, method: str) -> dict[str, Scores]:
-        choice, changes = SELFREG[method]
+        choice, changes = {**SELFREG, **ABLATIONS}[method]
+        choice, _, count = choice.partition(":")
         unintended = self.choices[choice]
+        if count:
+            unintended = UnintendedFeatures.from_ids(self.sae, unintended.feature_ids[: int(count)])
         if not len(unintended):
             raise DoesNotApply(f"no feature is chosen by {choice}")
         args = replace(self.args(), remove_unintended=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from benchmarks.controllability.datasets import DATASETS
-from benchmarks.controllability.methods import METHODS, DoesNotApply, Trial, head_arguments
+from benchmarks.controllability.methods import ABLATIONS, METHODS, DoesNotApply, Trial, head_arguments
 from benchmarks.controllability.pool import Pool
 from benchmarks.controllability.states import Workshop
 from benchmarks.controllability.summary import write_summary
@@ -49,7 +49,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/controllability"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=list(DATASETS), default=list(DATASETS), metavar="DATA_SET")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=[name for name in METHODS if name not in ABLATIONS],
+        metavar="METHOD",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--sae-tokens", type=int, default=100_000, help="tokens that the SAE is trained on")
     parser.add_argument(

@@ -20,11 +20,14 @@ setup: .venv/.ready
 demo: setup  ## the whole method in minutes; results in runs/demo
 	$(BIN)/selfreg demo --output runs/demo
 
+# A process a core, of one thread each: the models are too small for a second thread to pay.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
 test: setup  ## all tests, those on the real model and data included
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: setup  ## without the real model
-	$(BIN)/python -m pytest -m "not real"
+	$(PYTEST) -m "not real"
 
 test-interop: setup  ## the formats of other SAE libraries, with SAELens itself installed
 	$(BIN)/pip install --quiet $(TORCH) -e '.[dev,interop]'

@@ -391,7 +391,7 @@ def test_pairs(loaded: HiddenStateExtractor, texts: list[str], tmp_path: Path) -
     )
     states = model.pooled_states([text for pair in pairs for text in (pair["chosen"], pair["rejected"])], None)
     scores = model.logits(states.pooled)
-    assert (scores[:, 0] > scores[:, 1]).float().mean() > 0.9
+    assert (scores[:, 0] > scores[:, 1]).float().mean() > 0.8
     # Of the differences between the sides, with nothing but their mean held constant.
     differences, activations = states.compared
     constant = held_constant("preference", states.labels)

@@ -20,8 +20,8 @@ setup: .venv/.ready
 demo: setup  ## the whole method in minutes; results in runs/demo
 	$(BIN)/selfreg demo --output runs/demo
 
-# A process a core, of one thread each: the models are too small for a second thread to pay.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# Two processes of one thread each: the models are too small for a second thread to pay.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test: setup  ## all tests, those on the real model and data included
 	$(PYTEST)

@@ -30,7 +30,7 @@ from selfreg.classifier.states import PooledStates
 from selfreg.evaluation.classifier import evaluate_head
 from selfreg.evaluation.metrics import evaluate_predictions, unintended_use
 from selfreg.evaluation.tasks import evaluate_pairs
-from selfreg.features.selection import attribute_strength
+from selfreg.features.selection import attribute_strength, has_two_groups
 from selfreg.utils.trainer import StepProgress
 
 _OFF: dict[str, Any] = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
@@ -135,6 +135,9 @@ class Trial:
         from scipy.stats import false_discovery_control
 
         rows, pool = self.rows.train, self.pool
+        if not has_two_groups([pool.group[i] for i in rows], [pool.label[i] for i in rows]):
+            # A tie of 100 %: nothing can tell the attribute from the label.
+            return UnintendedFeatures.from_ids(self.sae, [])
         values = self._of_texts(self.activations.largest, rows).numpy()
         if self.pairs:
             values = values[:, 0] - values[:, 1]

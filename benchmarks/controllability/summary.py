@@ -31,7 +31,9 @@ CUT = 10.0
 def write_summary(output: Path) -> Results:
     """Writes `results.json`, `RESULTS.md` and `figures/` from what is under `results/`."""
     found = {path.parent.name: summarize(path.parent) for path in sorted((output / "results").glob("*/data.json"))}
-    ordered = {name: part for kind in _KINDS for name, part in found.items() if part["kind"] == kind}
+    # A data set that was begun and cut short before its first result has nothing to show.
+    shown = {name: part for name, part in found.items() if part["methods"]}
+    ordered = {name: part for kind in _KINDS for name, part in shown.items() if part["kind"] == kind}
     write_json(output / "results.json", ordered)
     with atomic_path(output / "RESULTS.md") as temporary:
         temporary.write_text(markdown(ordered), encoding="utf8")

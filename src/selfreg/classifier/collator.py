@@ -96,14 +96,14 @@ def labels_of(dataset: Any) -> Any:
     return None if "chosen" in dataset[0] else [label_of(row) for row in dataset]
 
 
-def numbers_of(dataset: Any, name: str) -> list[float] | None:
-    """A column of numbers, if there is one.
+def numbers_of(dataset: Any, name: str) -> Any:
+    """A column of numbers, if there is one: `weight` or `margin`.
 
     Raises:
         ValueError: some rows have none, or one is no finite number.
     """
     if isinstance(dataset, PooledStates):
-        return None
+        return dataset.columns().get(name)
     values = [row.get(name) for row in dataset]
     if all(value is None for value in values):
         return None

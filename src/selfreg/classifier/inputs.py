@@ -44,7 +44,7 @@ def check_dataset(dataset: Any, model: RegularizedSequenceClassifier, name: str,
         labels = as_targets(model.task, labels_of(dataset), model.score.out_features, name)
         if training and len(labels.unique(dim=0)) < 2:
             raise ValueError(f"{name} holds one label only ({labels[0].tolist()}): there is nothing to tell apart")
-    weights = dataset.weights if isinstance(dataset, PooledStates) else numbers_of(dataset, "weight")
+    weights = numbers_of(dataset, "weight")
     if weights is not None and training:
         values = torch.as_tensor(weights)
         if not bool((torch.isfinite(values) & (values >= 0)).all()) or not bool(values.sum() > 0):
@@ -87,8 +87,7 @@ def check_margins(dataset: Any, args: RegularizedTrainingArguments, name: str) -
     """Raises ValueError where pairs have margins that the loss can't use."""
     if dataset is None or args.preference_loss != "pointwise":
         return
-    has = dataset.margins is not None if isinstance(dataset, PooledStates) else dataset[0].get("margin") is not None
-    if has:
+    if numbers_of(dataset, "margin") is not None:
         raise ValueError(
             f"{name}: a margin is between two sides, and preference_loss='pointwise' can't use it; drop the column"
         )
@@ -100,7 +99,7 @@ def mean_weight(dataset: Any, labels: Tensor, of_labels: Tensor | None, model: R
     Raises:
         ValueError: no text counts.
     """
-    given = dataset.weights if isinstance(dataset, PooledStates) else numbers_of(dataset, "weight")
+    given = numbers_of(dataset, "weight")
     weights = text_weights(model.task, labels, None if given is None else torch.as_tensor(given), of_labels)
     if not float(weights.mean()) > 0:
         raise ValueError("the weights of texts and labels are all 0: no text would count")

@@ -110,19 +110,18 @@ def _of_labels(z_NK: _Matrix, labels_N: NDArray[np.int64], seed: int) -> _Matrix
             f"offset_weight needs {_FOLDS} training texts or more of each label, and label "
             f"{present[np.bincount(codes_N).argmin()]} has {smallest}: set offset_weight=0, or add texts"
         )
-    best: tuple[float, _Matrix] | None = None
-    for strength in _STRENGTHS:
-        folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
-        model = LogisticRegression(C=1 / (strength * len(z_NK)))
-        log_p = np.asarray(cross_val_predict(model, z_NK, codes_N, cv=folds, method="predict_log_proba"))
-        likelihood = float(log_p[np.arange(len(codes_N)), codes_N].mean())
-        if best is None or likelihood > best[0]:
-            best = (likelihood, log_p)
-    assert best is not None
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    predictions = [
+        np.asarray(
+            cross_val_predict(
+                LogisticRegression(C=1 / (strength * len(z_NK))), z_NK, codes_N, cv=folds, method="predict_log_proba"
+            )
+        )
+        for strength in _STRENGTHS
+    ]
+    # Nothing is said of a label without texts.
     out = np.zeros((len(labels_N), int(present.max()) + 1))
-    # A label without texts stays out of it: as likely as the rarest, so that the head alone decides.
-    out[:] = best[1].min(axis=1, keepdims=True)
-    out[:, present] = best[1]
+    out[:, present] = max(predictions, key=lambda log_p: float(log_p[np.arange(len(codes_N)), codes_N].mean()))
     return out
 
 
@@ -175,7 +174,7 @@ def _of_pairs(z_NK: _Matrix, seed: int) -> _Matrix:
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import KFold
 
-    best: tuple[float, _Matrix] | None = None
+    predictions = []
     for strength in _STRENGTHS:
         odds_N = np.empty(len(z_NK))
         for train, held_out in KFold(_FOLDS, shuffle=True, random_state=seed).split(z_NK):
@@ -183,11 +182,8 @@ def _of_pairs(z_NK: _Matrix, seed: int) -> _Matrix:
             sides = np.repeat([1, 0], len(train))
             model = LogisticRegression(C=1 / (strength * len(both)), fit_intercept=False).fit(both, sides)
             odds_N[held_out] = model.decision_function(z_NK[held_out])
-        likelihood = -float(np.logaddexp(0, -odds_N).mean())
-        if best is None or likelihood > best[0]:
-            best = (likelihood, odds_N)
-    assert best is not None
-    return best[1]
+        predictions.append(odds_N)
+    return min(predictions, key=lambda odds_N: float(np.logaddexp(0, -odds_N).mean()))
 
 
 def _of_numbers(z_NK: _Matrix, targets_N: Any, seed: int) -> _Matrix:

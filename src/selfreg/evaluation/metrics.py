@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from selfreg.evaluation.arrays import FloatArray, Groups, IntArray, as_matrix, cells, labels_of, of_known_group
-from selfreg.evaluation.reliance import FOLDS, unintended_dependence, unintended_use
+from selfreg.evaluation.reliance import reliance_figures, unintended_dependence, unintended_use
 
 __all__ = [
     "GroupCell",
@@ -78,25 +78,20 @@ def evaluate_predictions(
     num_texts, num_labels = logits_NL.shape
     predictions = logits_NL.argmax(axis=1)
     figures = classification_scores(logits_NL, labels_N)
-    figures |= dict.fromkeys(
-        ("worst_group_accuracy", "group_gap", "leakage", "unintended_use", "unintended_dependence")
-    )
+    figures |= dict.fromkeys(("worst_group_accuracy", "group_gap", "leakage"))
     if groups is not None:
         figures["worst_group_accuracy"] = worst_group_accuracy(predictions, labels_N, groups)
         figures["group_gap"] = group_gap(predictions, labels_N, groups)
         figures["leakage"] = leakage(logits_NL, labels_N, groups)
-    if pooled is not None and weight is not None and directions is not None:
-        figures["unintended_use"] = unintended_use(
-            as_matrix("pooled", pooled, rows=num_texts),
-            as_matrix("weight", weight, rows=num_labels),
-            directions,
-            mask=mask,
-        )
-    if activations is not None:
-        activations_NU = as_matrix("activations", activations, rows=num_texts, may_be_empty=True)
-        if num_texts >= FOLDS:
-            figures["unintended_dependence"] = unintended_dependence(logits_NL, labels_N, activations_NU, mask=mask)
-    return figures
+    return figures | reliance_figures(
+        logits_NL,
+        labels_N,
+        pooled=None if pooled is None else as_matrix("pooled", pooled, rows=num_texts),
+        weight=None if weight is None else as_matrix("weight", weight, rows=num_labels),
+        directions=directions,
+        activations=activations,
+        mask=mask,
+    )
 
 
 # --- Scores ----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,25 @@ FOLDS = 5
 """Parts that the texts are dealt into, and so the fewest texts, unless `unintended_dependence` is told otherwise."""
 
 
+def reliance_figures(
+    logits: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    *,
+    pooled: npt.ArrayLike | None = None,
+    weight: npt.ArrayLike | None = None,
+    directions: npt.ArrayLike | None = None,
+    activations: npt.ArrayLike | None = None,
+    mask: npt.ArrayLike | None = None,
+) -> dict[str, float | None]:
+    """`unintended_use` and `unintended_dependence`, None where what they need is not given."""
+    figures: dict[str, float | None] = {"unintended_use": None, "unintended_dependence": None}
+    if pooled is not None and weight is not None and directions is not None:
+        figures["unintended_use"] = unintended_use(pooled, weight, directions, mask=mask)
+    if activations is not None and len(np.asarray(logits)) >= FOLDS:
+        figures["unintended_dependence"] = unintended_dependence(logits, labels, activations, mask=mask)
+    return figures
+
+
 def unintended_use(
     pooled: npt.ArrayLike, weight: npt.ArrayLike, directions: npt.ArrayLike, *, mask: npt.ArrayLike | None = None
 ) -> float:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from selfreg.evaluation.arrays import FloatArray, Groups, as_matrix, of_known_group
+from selfreg.evaluation.arrays import Groups, as_matrix, of_known_group
 from selfreg.evaluation.metrics import group_gap, leakage, worst_group_accuracy
-from selfreg.evaluation.reliance import FOLDS, unintended_dependence, unintended_use
+from selfreg.evaluation.reliance import reliance_figures
 
 Figures = dict[str, float | None]
 
@@ -123,25 +123,6 @@ def evaluate_regression(
     figures |= reliance_figures(predictions_N1, targets_N, **reliance)
     figures["r2"] = float(r2_score(targets_N, predictions_N1[:, 0]))
     figures["mae"] = float(mean_absolute_error(targets_N, predictions_N1[:, 0]))
-    return figures
-
-
-def reliance_figures(
-    logits_NL: FloatArray,
-    labels: npt.ArrayLike,
-    *,
-    pooled: npt.ArrayLike | None = None,
-    weight: npt.ArrayLike | None = None,
-    directions: npt.ArrayLike | None = None,
-    activations: npt.ArrayLike | None = None,
-    mask: npt.ArrayLike | None = None,
-) -> Figures:
-    """`unintended_use` and `unintended_dependence`, None where what they need is not given."""
-    figures: Figures = {"unintended_use": None, "unintended_dependence": None}
-    if pooled is not None and weight is not None and directions is not None:
-        figures["unintended_use"] = unintended_use(pooled, weight, directions, mask=mask)
-    if activations is not None and len(logits_NL) >= FOLDS:
-        figures["unintended_dependence"] = unintended_dependence(logits_NL, labels, activations, mask=mask)
     return figures
 
 

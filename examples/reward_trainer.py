@@ -2,7 +2,7 @@
 
 pip install trl
 python examples/reward_trainer.py --model Qwen/Qwen3-0.6B --train pairs.jsonl --unintended unintended \
-    --penalty_weight 1 --dependence_weight 30 --output_dir runs/reward
+    --penalty_weight 10 --dependence_weight 30 --output_dir runs/reward
 """
 
 from dataclasses import dataclass, field

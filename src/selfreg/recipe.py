@@ -185,7 +185,7 @@ Weight = Annotated[float | Literal["auto"], PlainValidator(_weight, json_schema_
 class ClassifierRecipe(_Part):
     """Training of the classifier; the baselines get the same budget."""
 
-    penalty_weight: Weight = Field(1.0, description="A number, or auto: as strong as the validation loss allows.")
+    penalty_weight: Weight = Field(10.0, description="A number, or auto: as strong as the validation loss allows.")
     similarity: Literal["encoder", "dot", "cosine", "subspace"] = "dot"
     dependence_weight: Weight = Field(30.0, description="Likewise.")
     offset_weight: float = Field(

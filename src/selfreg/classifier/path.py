@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 WEIGHT_PATH_FILE = "weight_path.json"
 SCORES = {"single_label": "accuracy", "multi_label": "f1", "regression": "r2", "preference": "accuracy"}
 """What `PathPoint.score` is, by task."""
-DEFAULTS = {"penalty_weight": 1.0, "dependence_weight": 30.0}
-"""Weights at a strength of 1: the defaults of `RegularizedTrainingArguments`."""
+UNIT = {"penalty_weight": 1.0, "dependence_weight": 30.0}
+"""Weights at a strength of 1."""
 VALIDATION_SHARE = 0.2
 RIDGES = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
-# Past ten times the defaults the terms are as good as 0 and the solved heads change no more, while AdamW no longer
+# Past ten times the unit the terms are as good as 0 and the solved heads change no more, while AdamW no longer
 # gets there: on the demo's notes RegularizedTrainer's training loss is 0.02 without the terms, 0.06 at three times the
-# defaults, 0.23 at 32 times and 0.50 at a hundred.
+# unit, 0.23 at 32 times and 0.50 at a hundred.
 _RANGE = (0.01, 10.0)
 # To choose by, not to keep: next to the tightest the validation losses of 6,400 states are off by 2e-4 at most, a 70th
 # of their standard error, for less than half the time.
@@ -52,7 +52,7 @@ Measure = Callable[[RegularizedSequenceClassifier, PooledStates], Mapping[str, f
 class PathPoint:
     """
     Attributes:
-        strength (`float`): what the default of each weight that is chosen is multiplied by.
+        strength (`float`): what the unit of each weight that is chosen is multiplied by.
         penalty_weight, dependence_weight (`float`): the weights.
         train_loss (`float`): task loss of the texts that the head was solved on.
         validation_loss, validation_se (`float`): task loss of the validation texts, and its standard error.
@@ -115,7 +115,7 @@ class WeightPath:
 
 
 def strengths(points: int) -> list[float]:
-    """0, then evenly spaced in their logarithm from a hundredth of the defaults to ten times them.
+    """0, then evenly spaced in their logarithm from a hundredth of the units to ten times them.
 
     Raises:
         ValueError: fewer than 3 points.
@@ -147,8 +147,8 @@ def weight_path(
 ) -> WeightPath:
     """Solves the head for a series of weights, and says which to take. `model` is left as it was.
 
-    The weights of `args` that are `"auto"` grow from 0 to 10 times their defaults; one that is a number stays. Both
-    grow together, at the ratio of their defaults (1 : 30): they are two sights of one thing, what the weights point
+    The weights of `args` that are `"auto"` grow from 0 to 10 times their `UNIT`; one that is a number stays. Both
+    grow together, at a ratio of 1 : 30: they are two sights of one thing, what the weights point
     along and what the logits still depend on, and a grid of both would take `points` times as long.
 
     The ridge is chosen by the same rule, without the terms: the strongest within one standard error of the best. Where
@@ -168,9 +168,9 @@ def weight_path(
     Raises:
         ValueError: neither weight is "auto", or the validation texts are too few.
     """
-    auto = [name for name in DEFAULTS if getattr(args, name) == AUTO]
+    auto = [name for name in UNIT if getattr(args, name) == AUTO]
     if not auto:
-        raise ValueError(f"a path needs a weight that is 'auto'; {', '.join(DEFAULTS)} are both numbers")
+        raise ValueError(f"a path needs a weight that is 'auto'; {', '.join(UNIT)} are both numbers")
     if validation is None:
         train, validation = split(model, train, args.seed)
     if len(validation) < 2:
@@ -209,7 +209,7 @@ def _solve_path(
     for strength in strengths(points):
         own = copy.copy(regularizer)
         for name in auto:
-            setattr(own, name, strength * DEFAULTS[name])
+            setattr(own, name, strength * UNIT[name])
         solved = problem.solve(own, ridge=ridge, start=weight, start_bias=bias, **_SOLVER)
         weight, bias = solved.weight, solved.bias
         if not solved.converged:
@@ -371,7 +371,7 @@ def resolve_weights(
         `args` itself and None where nothing is "auto". Without unintended features there is nothing to weigh either:
         zeros, and None.
     """
-    auto = [name for name in DEFAULTS if getattr(args, name) == AUTO]
+    auto = [name for name in UNIT if getattr(args, name) == AUTO]
     if not auto:
         return args, None
     if not model.config.num_unintended:

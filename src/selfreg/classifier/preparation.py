@@ -10,7 +10,7 @@ from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.collator import labels_of, pooled_dataset
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.offset import offsets_of
-from selfreg.classifier.path import DEFAULTS, WeightPath, resolve_weights
+from selfreg.classifier.path import UNIT, WeightPath, resolve_weights
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import as_targets
 from selfreg.classifier.training_args import RegularizedTrainingArguments
@@ -54,11 +54,11 @@ def chosen_weights(
     model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, dataset: Any
 ) -> tuple[RegularizedTrainingArguments, WeightPath | None]:
     """`args` with numbers in the place of "auto"; the user's own stay as they are."""
-    auto = [name for name in DEFAULTS if getattr(args, name) == AUTO]
+    auto = [name for name in UNIT if getattr(args, name) == AUTO]
     if not auto:
         return args, None
     if dataset is None:
-        chosen: Any = {name: DEFAULTS[name] for name in auto}
+        chosen: Any = {name: UNIT[name] for name in auto}
         return replace(args, **chosen), None  # nothing is trained
     states = dataset
     if not isinstance(states, PooledStates):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from conftest import WORDS, tiny_backbone, word_tokenizer
 from selfreg import (
@@ -22,6 +23,7 @@ from selfreg import (
     SAEConfig,
     SAEForFeatureExtraction,
     UnintendedFeatures,
+    adapter_head,
     evaluate_classifier,
 )
 from selfreg.evaluation.classifier import FIGURES
@@ -31,6 +33,7 @@ from selfreg.features.records import Vote
 from selfreg.recipe import BASELINES, RecipeError
 from selfreg.run import run_recipe
 from selfreg.sae.interop import saelens
+from selfreg.utils.trainer import StepProgress
 
 SYMPTOMS = ("fever", "cough", "rash", "nausea")
 
@@ -537,11 +540,48 @@ def test_adapter_of_a_recipe(folder: Path, tmp_path: Path) -> None:
     model = RegularizedSequenceClassifier.from_pretrained(tmp_path / "out" / "classifier")
     assert model.config.adapter
     found = evaluate_classifier(model, notes(80, True, 2), group="sex")
-    # use and dependence are measured otherwise here: by the activations in the adapted states.
-    for name in ("accuracy", "leakage", "worst_group_accuracy"):
+    for name in ("accuracy", "leakage", "worst_group_accuracy", "unintended_use", "unintended_dependence"):
         assert found[name] == pytest.approx(metrics["methods"]["selfreg"]["shifted"][name], abs=1e-4), name
     assert run_recipe(Recipe.from_dict(recipe)) == metrics
+    assert not list((tmp_path / "out" / ".work").glob("adapter-*"))
     with pytest.raises(RecipeError, match="classifier.lora: lora: 'rank' is no field of peft.LoraConfig"):
         run_recipe(Recipe.from_dict({**recipe, "classifier": {"lora": {"rank": 2}}}))
     with pytest.raises(RecipeError, match="leave lora or offset_weight out"):
         Recipe.from_dict({**recipe, "classifier": {"lora": {"r": 2}, "offset_weight": 0.5}})
+
+
+def test_adapter_killed_on_its_way_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_head, "_SAVE_STEPS", 2)
+    seen: list[int] = []
+    limit: int | None = None
+
+    class Counted(StepProgress):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+            seen.append(state.global_step)
+            if state.global_step == limit:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter_head, "StepProgress", Counted)
+    found = {}
+    for name in ("whole", "killed"):
+        recipe = values(folder, tmp_path / name, baselines=["plain"])
+        recipe["classifier"] |= {
+            "lora": {"r": 2, "lora_dropout": 0.1},
+            "batch_size": 32,
+            "adapter_epochs": 2,
+            "adapter_learning_rate": 1e-2,
+        }
+        if name == "killed":
+            limit = 5
+            seen.clear()
+            with pytest.raises(KeyboardInterrupt):
+                run_recipe(Recipe.from_dict(recipe))
+            assert seen == [1, 2, 3, 4, 5]
+            limit = None
+            seen.clear()
+        found[name] = run_recipe(Recipe.from_dict(recipe))
+    assert seen[0] == 5, "the step after the last checkpoint"
+    assert found["killed"]["methods"] == found["whole"]["methods"]
+    weights = [load_file(tmp_path / name / "classifier" / "adapter" / "adapter_model.safetensors") for name in found]
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())

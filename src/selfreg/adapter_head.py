@@ -2,6 +2,8 @@
 
 import json
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from selfreg.activations.extractor import HiddenStateExtractor
@@ -14,27 +16,30 @@ from selfreg.data import TaskData
 from selfreg.evaluation.drift import adapted_fvu
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.texts import TextSet
-from selfreg.utils.trainer import StepProgress
+from selfreg.utils.trainer import StepProgress, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
 _DRIFT_TEXTS = 300
+_SAVE_STEPS = 50
 
 
 def fit_adapter(
-    data: TaskData, args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier
+    data: TaskData, args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier, folder: Path
 ) -> FittedHead:
-    """Trains a classifier with an adapter on the training texts.
+    """Trains a classifier with an adapter on the training texts, from the last whole checkpoint in `folder` on.
 
     Args:
         data: of the run.
         args: with numbers for weights.
         model: the classifier, from `from_backbone(..., lora=...)`.
+        folder: of the checkpoints; its name stands for all that the training depends on.
     """
+    args = replace(args, output_dir=str(folder), save_strategy="steps", save_steps=_SAVE_STEPS, save_total_limit=2)
     rows = _rows(data.train, pointwise=args.preference_loss == "pointwise")
     progress = StepProgress("classifier selfreg (LoRA)")
     trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows, callbacks=[progress])
-    trainer.train()
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     model.eval()
     return FittedHead("selfreg", model, lambda states: states, trainer.state.log_history)
 

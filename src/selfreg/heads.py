@@ -1,6 +1,7 @@
 """Trains and measures the controlled classifier and its baselines, one after the other, on the same cached states."""
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -53,6 +54,7 @@ class Heads:
         catalog: the spans of its features, for the words that `scrubbing` takes out.
         extractor: gives the backbone; called only if a method is trained.
         sae: what the features are of; tells how far an adapter moves the states away from it.
+        key: stands for all that a method depends on: unfinished training is found again by it.
     """
 
     def __init__(
@@ -64,10 +66,11 @@ class Heads:
         catalog: FeatureCatalog,
         extractor: Callable[[], HiddenStateExtractor],
         sae: SAEForFeatureExtraction,
+        key: str,
     ) -> None:
         self.recipe, self.data, self.stores = recipe, data, stores
         self.unintended, self.catalog, self.extractor, self.sae = unintended, catalog, extractor, sae
-        self.output = Path(recipe.output)
+        self.output, self.key = Path(recipe.output), key
         self.weight_path: WeightPath | None = None
         part = recipe.classifier
         self.args = RegularizedTrainingArguments(
@@ -163,6 +166,10 @@ class Heads:
                 head.model.save_pretrained(temporary)
                 if self.weight_path is not None:
                     save_path(self.weight_path, temporary)
+        if adapted:
+            # Unfinished trainings of other recipes are of no more use either.
+            for folder in (self.output / ".work").glob("adapter-*"):
+                shutil.rmtree(folder)
         if head is None:
             return self._nothing()
         found = {
@@ -213,7 +220,8 @@ class Heads:
         args = replace(
             self.args, num_train_epochs=part.adapter_epochs, adapter_learning_rate=part.adapter_learning_rate
         )
-        head = fit_adapter(self.data, args, self._new_classifier(part.lora))
+        work = self.output / ".work"
+        head = fit_adapter(self.data, args, self._new_classifier(part.lora), work / f"adapter-{self.key}")
         template = self.recipe.backbone.template
         states = {
             # What a decision depends on is measured by the features' activations in the states as they were found.

@@ -301,7 +301,8 @@ class _Run:
             self.data.train.fingerprint(),
             {name: part.fingerprint() for name, part in self.data.eval.items()},
         ]
-        heads = Heads(recipe, self.data, stores, unintended, catalog, lambda: self.extractor, sae)
+        key = self.stages.key_of(inputs)
+        heads = Heads(recipe, self.data, stores, unintended, catalog, lambda: self.extractor, sae, key)
         results = {}
         for name in names:
             outputs = (self.output / "classifier",) if name == "selfreg" else ()

@@ -30,8 +30,8 @@ class RegularizationArguments:
     Args:
         penalty_weight (`float` or `"auto"`, defaults to 10.0): weight of the similarity between head and unintended
             features; 0 turns it off. With 10 the unintended use is zero on all data sets of docs/evidence.md; with 1 a
-            hundred features keep a third of it. `"auto"`, for a [`RegularizedSequenceClassifier`], takes the strongest that costs
-            no more validation loss than chance may account for; see [`resolve_weights`].
+            hundred features keep up to a third of it. `"auto"`, for a [`RegularizedSequenceClassifier`], takes the
+            strongest that costs no more validation loss than chance may account for; see [`resolve_weights`].
         similarity (`str`, defaults to `"dot"`): `"encoder"`, `"dot"`, `"cosine"` or `"subspace"`; see
             [`similarity_penalty`].
         dependence_weight (`float` or `"auto"`, defaults to 30.0): weight of what still depends on the unintended

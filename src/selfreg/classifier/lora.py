@@ -223,6 +223,20 @@ def without_adapter(backbone: PeftModel) -> PreTrainedModel:
     return plain
 
 
+@contextmanager
+def adapter_off(backbone: PeftModel) -> Iterator[None]:
+    """The backbone as it was before the adapter."""
+    trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    try:
+        with backbone.disable_adapter():
+            yield
+    finally:
+        # peft makes an adapter trainable when it is switched on again.
+        backbone.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 @torch.no_grad()
 def merge(backbone: PeftModel) -> PreTrainedModel:
     """A plain backbone with the adapter worked into its weights, which are its own wherever that changes them.

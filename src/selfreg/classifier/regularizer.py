@@ -5,27 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
-from selfreg.activations.store import save_tensors
 from selfreg.classifier.arguments import RegularizationArguments
 from selfreg.classifier.assembly import label_mask
 from selfreg.classifier.head import HeadRead, find_head, read_batch, reading, text_states, unwrapped
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import feature_activations
-from selfreg.classifier.running import RunningDependence, RunningScale, batch_constant
+from selfreg.classifier.running import batch_constant
+from selfreg.classifier.statistics import HeadStatistics, SavesStatistics
 from selfreg.classifier.tasks import Task
 from selfreg.classifier.terms import Regularizer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.utils.progress import progress
-from selfreg.utils.trainer import PartsTrainer
-
-STATISTICS_NAME = "regularization.safetensors"
+from selfreg.utils.trainer import PartsTrainer, WholeCheckpoints
 
 
 class RegularizationMixin(PartsTrainer):
@@ -100,9 +97,12 @@ class RegularizationMixin(PartsTrainer):
         self._measures = not own and not self.regularizer.empty
         self._checked = False
         self._num_items: Tensor | int | None = None
-        self._start_statistics(whole=False)
-        if self._measures:
-            self.add_callback(_SavesStatistics(self))
+        self.statistics: HeadStatistics | None = None
+        if not self.regularizer.empty:
+            self.add_callback(SavesStatistics(self))
+            # A checkpoint is marked as whole after all that lies in it.
+            self.remove_callback(WholeCheckpoints)
+            self.add_callback(WholeCheckpoints)
 
     def _check_stock(self) -> Tensor | None:
         """For which labels the features are unintended; raises where they don't fit a stock model's head."""
@@ -145,11 +145,16 @@ class RegularizationMixin(PartsTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._measures:
             # Once more with each training: what was frozen in the last one may train in this.
-            self._start_statistics(whole=self._only_the_head_trains() and has_length(self.train_dataset))
-            if self._measured_before:
-                self._measure_all()
-            elif resume_from_checkpoint:
-                self._load_statistics(resume_from_checkpoint)
+            exact = self._only_the_head_trains() and has_length(self.train_dataset)
+            momentum = 1.0 if exact else self.regularization.dependence_momentum
+            self.statistics = HeadStatistics(len(self.unintended), self.unintended.hidden_size, momentum)
+            if exact:
+                self._measure_all(self.statistics)
+        if self.statistics is not None and not self.statistics.is_exact and resume_from_checkpoint:
+            resumed = resume_from_checkpoint
+            folder = get_last_checkpoint(self.args.output_dir) if resumed is True else resumed
+            self.statistics.load(Path(str(folder)))
+            self._set_directions(self.statistics)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
@@ -171,9 +176,10 @@ class RegularizationMixin(PartsTrainer):
             task_loss, outputs = self.task_loss(model, inputs)
         weight = head.weight
         if self._measures:
-            if not self._measured_before:
-                self._follow(model, batch, read)
-            weight = weight.float() * self._scale.scale.to(weight.device)
+            assert self.statistics is not None
+            if not self.statistics.is_exact:
+                self._follow(self.statistics, model, batch, read)
+            weight = self.statistics.scaled(weight)
         similarity, dependence = self.regularizer(weight)
         terms = self.regularizer.penalty_weight * similarity + self.regularizer.dependence_weight * dependence
         self.parts.add(task_loss=task_loss)
@@ -228,23 +234,11 @@ class RegularizationMixin(PartsTrainer):
             task = "multi_label"
         return states, activations, batch_constant(task, labels, num_logits)
 
-    def _start_statistics(self, *, whole: bool) -> None:
-        self._measured_before = whole
-        self._scale = RunningScale(1.0 if whole else self.regularization.dependence_momentum)
-        # How much is held constant is known with the first batch.
-        self._dependence: RunningDependence | None = None
-
-    def _new_dependence(self, num_constant: int) -> RunningDependence:
-        sizes = len(self.unintended), self.unintended.hidden_size, num_constant
-        if self._measured_before:
-            return RunningDependence(*sizes, momentum=1.0, min_texts=1)
-        return RunningDependence(*sizes, self.regularization.dependence_momentum)
-
     def _only_the_head_trains(self) -> bool:
         own = {id(parameter) for parameter in find_head(self.model, self.head_name).parameters()}
         return all(id(parameter) in own for parameter in self.model.parameters() if parameter.requires_grad)
 
-    def _measure_all(self) -> None:
+    def _measure_all(self, statistics: HeadStatistics) -> None:
         """Scale and dependence over the whole training set: without forgetting, they are the closed form."""
         # The order of the training's batches must not hang on this pass.
         with torch.random.fork_rng(devices=[]):
@@ -254,11 +248,11 @@ class RegularizationMixin(PartsTrainer):
             with progress("what the head reads", len(loader), "batches") as advance:
                 for batch in loader:
                     inputs = self._prepare_inputs(batch)
-                    self._take_in(inputs, self._checked_read(self.model, inputs).states)
+                    self._take_in(statistics, inputs, self._checked_read(self.model, inputs).states)
                     advance(1)
-        self._set_directions()
+        self._set_directions(statistics)
 
-    def _follow(self, model: Any, inputs: dict[str, Any], read: list[Tensor]) -> None:
+    def _follow(self, statistics: HeadStatistics, model: Any, inputs: dict[str, Any], read: list[Tensor]) -> None:
         """The running estimates, with what the head read in this step."""
         if not self._checked:
             self._checked_read(self.accelerator.unwrap_model(model), inputs)
@@ -268,8 +262,8 @@ class RegularizationMixin(PartsTrainer):
                 "a batch"
             )
         states = text_states(read[0], unwrapped(model), inputs)
-        self._take_in(inputs, states)
-        self._set_directions()
+        self._take_in(statistics, inputs, states)
+        self._set_directions(statistics)
 
     def _checked_read(self, model: Any, inputs: Mapping[str, Any]) -> HeadRead:
         read = read_batch(model, inputs, self.head_name)
@@ -283,9 +277,10 @@ class RegularizationMixin(PartsTrainer):
         return read
 
     @torch.no_grad()
-    def _take_in(self, inputs: Mapping[str, Any], states: Tensor) -> None:
+    def _take_in(self, statistics: HeadStatistics, inputs: Mapping[str, Any], states: Tensor) -> None:
         states = states.float()
-        self._scale.update(states, self.accelerator.reduce)
+        assert statistics.scale is not None
+        statistics.scale.update(states, self.accelerator.reduce)
         if not self.regularizer.dependence_weight:
             return
         features = self.unintended
@@ -296,55 +291,19 @@ class RegularizationMixin(PartsTrainer):
             features.input_norm,
         )
         states, activations, constant = self.dependence_rows(inputs, states, activations)
-        if self._dependence is None:
-            self._dependence = self._new_dependence(constant.shape[1])
-        self._dependence.update(states, activations, constant, self.accelerator.reduce)
+        dependence = statistics.dependence_of(constant.shape[1])
+        dependence.update(states, activations, constant, self.accelerator.reduce)
 
-    def _set_directions(self) -> None:
-        if self._dependence is not None:
-            directions = self._dependence.directions
-            self.regularizer.dependence_directions = directions / self._scale.scale.to(directions)
+    def _set_directions(self, statistics: HeadStatistics) -> None:
+        directions = statistics.directions
+        if directions is not None and self.regularizer.dependence_weight:
+            self.regularizer.dependence_directions = directions
 
     def _task_loss_is_scaled(self) -> bool:
         """Whether the Trainer takes the loss for one that is already divided by the number of micro-batches."""
         # Trainers of transformers before 5.24 have no such attribute.
         said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
         return self.compute_loss_func is not None if said is None else said
-
-    def save_statistics(self, folder: Path) -> None:
-        """Writes the running estimates into a checkpoint; nothing where the statistics were measured before."""
-        if self._measured_before:
-            return
-        parts = {"scale": self._scale.state_dict()}
-        if self._dependence is not None:
-            parts["dependence"] = self._dependence.state_dict()
-        tensors = {f"{part}.{name}": t.contiguous().cpu() for part, own in parts.items() for name, t in own.items()}
-        save_tensors(folder / STATISTICS_NAME, tensors)
-
-    def _load_statistics(self, checkpoint: str | bool) -> None:
-        folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
-        path = Path(str(folder)) / STATISTICS_NAME
-        if not path.exists():
-            # Of a run without the mixin: they are estimated anew.
-            return
-        parts: dict[str, dict[str, Tensor]] = {"scale": {}, "dependence": {}}
-        for key, tensor in load_file(path).items():
-            part, name = key.split(".")
-            parts[part][name] = tensor
-        self._scale.load_state_dict(parts["scale"])
-        if parts["dependence"] and self.regularizer.dependence_weight:
-            self._dependence = self._new_dependence(len(parts["dependence"]["constant_states"]))
-            self._dependence.load_state_dict(parts["dependence"])
-
-
-class _SavesStatistics(TrainerCallback):
-    def __init__(self, trainer: RegularizationMixin) -> None:
-        self.trainer = trainer
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            self.trainer.save_statistics(folder)
 
 
 def _label_names(model: nn.Module, num_logits: int) -> list[str]:

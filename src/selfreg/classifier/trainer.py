@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,14 +24,13 @@ from selfreg.classifier.preparation import (
     with_offsets,
 )
 from selfreg.classifier.regularizer import RegularizationMixin
-from selfreg.classifier.running import RunningDependence, batch_constant
+from selfreg.classifier.running import batch_constant
 from selfreg.classifier.states import PooledStates
+from selfreg.classifier.statistics import HeadStatistics
 from selfreg.classifier.tasks import Task, held_constant, task_loss, text_weights
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 
 logger = logging.getLogger(__name__)
-
-_RUNNING_FILE = "running_dependence.safetensors"
 
 
 class RegularizedTrainer(RegularizationMixin):
@@ -80,7 +78,6 @@ class RegularizedTrainer(RegularizationMixin):
         self.weight_path: WeightPath | None = None
         # Of the texts of the training set: with it a text counts the same whatever else is in its batch.
         self.mean_weight = 1.0
-        self._running: RunningDependence | None = None
         if own:
             if unsaved_parameters(model.backbone):
                 raise ValueError(
@@ -155,10 +152,10 @@ class RegularizedTrainer(RegularizationMixin):
         columns = ("labels", "weight", "margin", "offset")
         labels, weights, margins, offsets = (inputs.pop(name, None) for name in columns)
         # Asked for in training only: in evaluation a Trainer gathers all that a model gives.
-        running = self._running if model.training else None
-        outputs = model(**inputs, output_pooled=True) if running is not None else model(**inputs)
-        if running is not None:
-            self._follow_adapter(running, own, outputs, labels)
+        statistics = self.statistics if model.training else None
+        outputs = model(**inputs, output_pooled=True) if statistics is not None else model(**inputs)
+        if statistics is not None:
+            self._follow_adapter(statistics, own, outputs, labels)
         if own.task == "preference" and outputs.logits.shape[-1] == 1:
             # All chosen sides, then all rejected ones.
             outputs.logits = torch.stack(outputs.logits.squeeze(-1).chunk(2), dim=1)
@@ -187,19 +184,17 @@ class RegularizedTrainer(RegularizationMixin):
         return text_weights(task, labels, sample_weights, label_weights)
 
     def _follow_adapter(
-        self, running: RunningDependence, model: RegularizedSequenceClassifier, outputs: Any, labels: Tensor
+        self, statistics: HeadStatistics, model: RegularizedSequenceClassifier, outputs: Any, labels: Tensor
     ) -> None:
         """Takes the batch into the running estimate, which this step's dependence term then uses."""
         states, activations = outputs.pooled.detach(), outputs.unintended_activations.detach()
         if model.task == "preference":
             states, activations = (chosen - rejected for chosen, rejected in (states.chunk(2), activations.chunk(2)))
-        running.update(
-            states / model.pooled_scale,
-            activations,
-            batch_constant(model.task, labels.cpu(), model.score.out_features),
-            self.accelerator.reduce if self.args.world_size > 1 else None,
-        )
-        self.regularizer.dependence_directions = running.directions
+        constant = batch_constant(model.task, labels.cpu(), model.score.out_features)
+        reduce = self.accelerator.reduce if self.args.world_size > 1 else None
+        dependence = statistics.dependence_of(constant.shape[1])
+        dependence.update(states / model.pooled_scale, activations, constant, reduce)
+        self._set_directions(statistics)
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """As in transformers, with the adapter in a group of its own: it has another learning rate than the head, and
@@ -218,13 +213,6 @@ class RegularizedTrainer(RegularizationMixin):
             optimizer.add_param_group({"params": adapter, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and self._running is not None and self.args.should_save:
-            # Of a checkpoint: training resumed goes on with it. The classifier itself has no use for it.
-            state = {name: total.contiguous() for name, total in self._running.state_dict().items()}
-            save_file(state, Path(output_dir or str(self.args.output_dir)) / _RUNNING_FILE)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore(Path(resume_from_checkpoint))
@@ -234,14 +222,9 @@ class RegularizedTrainer(RegularizationMixin):
         self._restore(Path(str(self.state.best_model_checkpoint)))
 
     def _restore(self, checkpoint: Path) -> None:
-        """What the Trainer does not know of: the adapter, and the running estimate."""
-        if not isinstance(self.model, RegularizedSequenceClassifier):
-            return
-        if self.model.config.adapter:
+        """The adapter, which the Trainer does not know of."""
+        if isinstance(self.model, RegularizedSequenceClassifier) and self.model.config.adapter:
             restore_adapter(self.model.backbone, checkpoint / ADAPTER_FOLDER)
-        if self._running is not None:
-            self._running.load_state_dict(load_file(checkpoint / _RUNNING_FILE))
-            self.regularizer.dependence_directions = self._running.directions
 
     def _fit(self, model: RegularizedSequenceClassifier, dataset: Any) -> None:
         """Standardisation and dependence directions, in closed form over the training set as it is now."""
@@ -258,14 +241,16 @@ class RegularizedTrainer(RegularizationMixin):
             differences = differences / model.pooled_scale.cpu()
             constant = held_constant(model.task, states.labels)
             self.regularizer.dependence_directions = dependence_directions(differences, activations, constant)
+            self.statistics = None
             if not model.backbone_is_frozen:
                 constant = batch_constant(model.task, states.labels, model.score.out_features)
                 sizes, momentum = (activations.shape[1], differences.shape[1]), self.args.dependence_momentum
-                self._running = RunningDependence(*sizes, constant.shape[1], momentum)
-                self._running.update(differences, activations, constant)
+                self.statistics = HeadStatistics(*sizes, momentum, follows_scale=False)
+                dependence = self.statistics.dependence_of(constant.shape[1])
+                dependence.update(differences, activations, constant)
                 # The whole set would outweigh the batches for as long as it is larger than what is remembered.
                 remembered = self.args.per_device_train_batch_size / max(1 - momentum, 1e-6)
-                self._running.scale(min(1.0, remembered / len(differences)))
+                dependence.scale(min(1.0, remembered / len(differences)))
 
 
 def _check_states_stay(dataset: Any, model: RegularizedSequenceClassifier, name: str) -> None:

@@ -1,6 +1,7 @@
 """The figures of a trained classifier on a set of texts."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from selfreg.activations.conversation import render_pair
 from selfreg.classifier.assembly import label_mask
 from selfreg.classifier.baselines import FittedHead
+from selfreg.classifier.lora import adapter_off
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import Task, indicator
@@ -45,6 +47,10 @@ def evaluate_classifier(
 ) -> dict[str, float | None]:
     """Runs a classifier over texts and measures its scores, group gaps, unintended use and dependence.
 
+    The dependence of a classifier with an adapter is that on the features as they were found, in the states of the
+    backbone without it; the texts are run through the backbone twice. Once the adapter is merged there are only the
+    adapted states to read them from.
+
     Args:
         model: the classifier.
         dataset: rows with the texts, the labels (class ids, or names in `model.config.label2id`; for `multi_label` a
@@ -70,10 +76,15 @@ def evaluate_classifier(
         if model.tokenizer is None:
             raise ValueError("the classifier has no tokenizer: load it with from_pretrained, or set model.tokenizer")
         sides = [render_pair(model.tokenizer, row, model.config.template) for row in dataset]
-        states = model.pooled_states([side for pair in sides for side in pair], None, activations_of=features)
+        texts, labels = [side for pair in sides for side in pair], None
     else:
-        labels = [_label(row[label], model) for row in dataset]
-        states = model.pooled_states([row[text] for row in dataset], labels, activations_of=features)
+        texts, labels = [row[text] for row in dataset], [_label(row[label], model) for row in dataset]
+    states = model.pooled_states(texts, labels, activations_of=features)
+    if model.config.adapter:
+        # The features were found, and judged, in the states of the backbone as it was.
+        with adapter_off(model.backbone):
+            found = model.pooled_states(texts, labels, activations_of=features)
+        states = replace(states, activations=found.activations)
     head = FittedHead("classifier", model, lambda pooled: pooled, [])
     return evaluate_head(head, states, features, [row[group] for row in dataset] if group else None)[0]
 

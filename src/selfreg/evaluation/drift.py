@@ -5,7 +5,6 @@ Shapes: B texts, T tokens, D hidden size, U unintended features, S tokens that c
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from selfreg.activations.extractor import HiddenStateExtractor, check_texts
 from selfreg.activations.prompt import select_tokens
+from selfreg.classifier.lora import adapter_off
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import feature_activations
 from selfreg.sae.modeling import SAEForFeatureExtraction
@@ -85,7 +85,7 @@ def adapted_fvu(
     before, after, common = _Errors(sae), _Errors(sae), _Correlation(len(unintended))
     for start in range(0, len(texts), _CHUNK):
         chunk = list(texts[start : start + _CHUNK])
-        with _adapter_off(model.backbone):
+        with adapter_off(model.backbone):
             plain = list(_states(model, extractor, chunk))
         for (old, keep_BT), (new, _) in zip(plain, _states(model, extractor, chunk), strict=True):
             # The same tokens both times: an adapter that makes sinks of some must not hide them from these figures.
@@ -126,19 +126,6 @@ def _states(
         hidden, keep = select_tokens(raw, batch, extractor.spec.token_rule, float("inf") if norm is None else norm)
         device = model.score.weight.device
         yield raw.to(device), (keep & (hidden == raw).all(dim=-1)).to(device)
-
-
-@contextmanager
-def _adapter_off(backbone: Any) -> Iterator[None]:
-    trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    try:
-        with backbone.disable_adapter():
-            yield
-    finally:
-        # peft makes an adapter trainable when it is switched on again.
-        backbone.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 class _Errors:

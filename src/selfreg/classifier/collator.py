@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from selfreg.activations.conversation import render_pair
 from selfreg.activations.prompt import collate_prompts
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.shares import pooled_in_shares
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import as_targets
 from selfreg.utils.progress import progress
@@ -113,8 +115,12 @@ def numbers_of(dataset: Any, name: str) -> Any:
     return [float(value) for value in values]
 
 
-def pooled_dataset(model: RegularizedSequenceClassifier, dataset: Any) -> PooledStates:
-    """Runs the backbone over every row once."""
+def pooled_dataset(model: RegularizedSequenceClassifier, dataset: Any, args: TrainingArguments) -> PooledStates:
+    """Runs the backbone over every row once, each process over its share."""
+    return pooled_in_shares(partial(_pooled, model), dataset, args)
+
+
+def _pooled(model: RegularizedSequenceClassifier, dataset: Any) -> PooledStates:
     options: dict[str, Any] = {"weights": numbers_of(dataset, "weight"), "margins": numbers_of(dataset, "margin")}
     if "chosen" in dataset[0]:
         assert model.tokenizer is not None

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -68,9 +69,16 @@ class PartsTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self._check_finite()
-            parts = self.parts.flush()
-            logs = {**logs, **parts}
+            logs = {**logs, **self._over_processes(self.parts.flush())}
         super().log(logs, start_time)
+
+    def _over_processes(self, parts: dict[str, float]) -> dict[str, float]:
+        """Means over all processes, as the Trainer's own loss is."""
+        if self.args.world_size == 1 or not parts:
+            return parts
+        values = torch.tensor(list(parts.values()), dtype=torch.float32, device=self.args.device)
+        reduced: Any = self.accelerator.reduce(values, "mean")
+        return dict(zip(parts, reduced.tolist(), strict=True))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)

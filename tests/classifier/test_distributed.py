@@ -1,0 +1,60 @@
+"""Two processes against one, at the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from selfreg.classifier.shares import share_of
+from selfreg.utils.files import read_json
+
+_SCRIPT = Path(__file__).with_name("train_in_processes.py")
+
+
+def start(output: Path, *launcher: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *launcher, str(_SCRIPT), str(output)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    start(folder)
+    start(folder, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    return folder
+
+
+def test_shares_in_order_are_all_rows() -> None:
+    for num_rows, world in ((64, 2), (33, 2), (7, 4), (1, 3)):
+        rows = [row for rank in range(world) for row in share_of(num_rows, rank, world)]
+        assert rows[:num_rows] == list(range(num_rows))
+        assert len(rows) % world == 0
+        assert set(rows) == set(range(num_rows))
+
+
+def test_weights_agree(output: Path) -> None:
+    one, two = (load_file(output / f"weights-{world}.safetensors") for world in (1, 2))
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        difference = float((two[name] - expected).norm() / expected.norm())
+        assert difference < 1e-4, name
+
+
+def test_logs_agree(output: Path) -> None:
+    one, two = (read_json(output / f"logs-{world}.json") for world in (1, 2))
+    for name in ("cached", "lora", "plugged"):
+        assert [row["step"] for row in one[name]] == list(range(1, 13))
+        for figure in ("loss", "task_loss", "similarity", "dependence"):
+            expected = [row[figure] for row in one[name]]
+            assert [row[figure] for row in two[name]] == pytest.approx(expected, rel=1e-3, abs=1e-6), (name, figure)
+    for name in ("cached eval", "lora eval"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4)

@@ -1,0 +1,124 @@
+"""What test_distributed.py starts, in one process or several: the same trainings at the same global batch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+
+from conftest import WORDS, tiny_backbone, word_tokenizer
+from helpers import make_sae
+from selfreg import (
+    HiddenStateExtractor,
+    RegularizationArguments,
+    RegularizationMixin,
+    RegularizedSequenceClassifier,
+    RegularizedTrainer,
+    RegularizedTrainingArguments,
+    SAEConfig,
+    SAEForFeatureExtraction,
+    UnintendedFeatures,
+)
+from selfreg.classifier.states import PooledStates
+from selfreg.utils.files import write_json
+
+GLOBAL_BATCH = 16
+_COMMON: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "learning_rate": 1e-2,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "seed": 0,
+    "use_cpu": True,
+}
+
+
+class PluggedTrainer(RegularizationMixin, Trainer):
+    pass
+
+
+def make_texts() -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 20, (64,), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator)) for n in lengths]
+
+
+def main(output: Path) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = {"per_device_train_batch_size": GLOBAL_BATCH // world}
+    texts = make_texts()
+    rows = Dataset.from_list(
+        [
+            {"text": text, "label": int("fever" in text) + int("pain" in text), "weight": 1.0 + i % 3}
+            for i, text in enumerate(texts)
+        ]
+    )
+    tokenizer = word_tokenizer()
+    results: dict[str, torch.Tensor] = {}
+    logs: dict[str, Any] = {}
+    for name, lora in (("cached", None), ("lora", {"r": 4})):
+        extractor = HiddenStateExtractor(tiny_backbone(), tokenizer, layer=1, max_length=32, name="tiny")
+        sae = make_sae(extractor)
+        torch.manual_seed(0)
+        model = RegularizedSequenceClassifier.from_backbone(
+            extractor, sae, UnintendedFeatures.from_ids(sae, [3, 7, 11]), num_labels=3, lora=lora
+        )
+        args = RegularizedTrainingArguments(
+            str(output / name), adapter_learning_rate=1e-2, class_weights="balanced", **batch, **_COMMON
+        )
+        trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows.select(range(33)))
+        trainer.train()
+        parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
+        results |= {f"{name}.{key}": value.detach().clone() for key, value in parameters.items()}
+        logs[name] = [row for row in trainer.state.log_history if "loss" in row]
+        # In even batches, as the Trainer's mean over uneven ones is not exact.
+        logs[f"{name} eval"] = trainer.evaluate(rows)["eval_loss"]
+        if isinstance(trainer.eval_dataset, PooledStates):
+            results["eval.pooled"] = trainer.eval_dataset.pooled
+    torch.manual_seed(0)
+    stock = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            pad_token_id=0,
+            num_labels=3,
+        )
+    )
+    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=40, k=4))
+    sae.set_normalization(torch.zeros(16), torch.ones(()))
+    plugged = PluggedTrainer(
+        model=stock,
+        args=TrainingArguments(str(output / "plugged"), **batch, **_COMMON),
+        train_dataset=rows.map(lambda row: tokenizer(row["text"]), remove_columns=["text", "weight"]),
+        processing_class=tokenizer,
+        unintended=UnintendedFeatures.from_ids(sae, [3, 7, 11]),
+        regularization=RegularizationArguments(penalty_weight=1.0, dependence_weight=1.0),
+    )
+    plugged.train()
+    results |= {f"plugged.{key}": value.detach().clone() for key, value in stock.named_parameters()}
+    logs["plugged"] = [row for row in plugged.state.log_history if "loss" in row]
+    if world > 1:
+        flat = torch.cat([value.flatten() for value in results.values()])
+        both = [torch.empty_like(flat) for _ in range(world)]
+        torch.distributed.all_gather(both, flat)
+        assert all(torch.equal(both[0], other) for other in both), "the ranks' weights have come apart"
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_file(results, output / f"weights-{world}.safetensors")
+        write_json(output / f"logs-{world}.json", logs)
+    if world > 1:
+        torch.distributed.barrier()
+        # What this is about has held; a thread of gloo may still abort while the interpreter is taken down.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -14,6 +14,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from conftest import WORDS, tiny_backbone, word_tokenizer
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction
+from selfreg.activations.conversation import CHAT, render
 from selfreg.activations.store import StoreShard
 from selfreg.features.activations import EncodedChunk, largest_activations
 from selfreg.features.chat import Choice, Conversation
@@ -474,3 +475,23 @@ def test_a_catalogue_of_an_older_format_is_told(
     catalog.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a catalogue of format 1, this selfreg reads 2: build it again"):
         FeatureCatalog.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("max_length", [64, 9])
+def test_spans_of_conversations_are_of_the_reply(max_length: int) -> None:
+    tokenizer = word_tokenizer(special=True)
+    tokenizer.add_tokens([":"])
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ ' he : ' if m.role == 'user' else ' she : ' }}{{ m.content }} </s>"
+        "{% endfor %}"
+    )
+    backbone = tiny_backbone()
+    backbone.resize_token_embeddings(len(tokenizer))
+    chat = HiddenStateExtractor(backbone, tokenizer, layer=1, max_length=max_length, template=CHAT, name="tiny")
+    turns = [{"role": "user", "content": "pain in chest today"}, {"role": "assistant", "content": "very ill and well"}]
+    text = render(tokenizer, turns)
+    start, end = chat.tokenize([text])[0][1:]
+    cuts = list(cut_spans(chat, [text], [(0, position) for position in range(start, end)]))
+    assert [peak for _, peak, _ in cuts] == ["very", "ill", "and", "well"][: end - start]
+    assert end - start >= 3
+    assert all("pain" not in before for before, _, _ in cuts)

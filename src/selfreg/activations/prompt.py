@@ -112,6 +112,13 @@ class PromptLayout:
         start = len(head) + len(self.prefix)
         return [*head, *self.prefix, *text, *self.suffix, *tail], start, start + len(text)
 
+    def first_token(self, token_ids: list[int]) -> int:
+        """Where the text begins in what `tokenizer(text)` gives; in a conversation the last reply."""
+        if self.frame is None:
+            return self.num_leading
+        end = len(token_ids) - self.num_trailing
+        return self.num_leading + self.frame.locate(token_ids[self.num_leading : end])[0]
+
     def _wrap_conversation(self, token_ids: list[int], frame: ReplyFrame) -> tuple[list[int], int, int]:
         end = len(token_ids) - self.num_trailing
         head, inner, tail = token_ids[: self.num_leading], token_ids[self.num_leading : end], token_ids[end:]

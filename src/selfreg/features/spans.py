@@ -79,7 +79,7 @@ def cut_spans(
         cutters = {}
         for text_id, tokens, encoding in zip(ids, encoded["input_ids"], encodings, strict=True):
             _, first, last = layout.wrap(tokens)
-            cutters[text_id] = _Cutter(texts[text_id], encoding, layout.num_leading, last - first, first)
+            cutters[text_id] = _Cutter(texts[text_id], encoding, layout.first_token(tokens), last - first, first)
         for text_id, position in peaks[start:end]:
             yield cutters[text_id].cut(position)
         start = end
@@ -91,8 +91,8 @@ class _Cutter:
     Args:
         text: the text.
         encoding: its tokens, with the special ones around them.
-        leading: special tokens before its own.
-        count: tokens of its own that are in the prompt.
+        leading: tokens before those that count: special ones, and in a conversation all before the last reply.
+        count: tokens that count and are in the prompt.
         start: position of the first of them there.
     """
 

@@ -1,9 +1,11 @@
-"""Makes selfreg's models known to the Auto classes of transformers."""
+"""Makes selfreg's models and pipelines known to transformers."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.pipelines import TASK, SAEFeatureExtractionPipeline
 from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.modeling import SAEForFeatureExtraction
 
@@ -12,4 +14,7 @@ AutoModel.register(SAEConfig, SAEForFeatureExtraction, exist_ok=True)
 AutoConfig.register(RegularizedSequenceClassifierConfig.model_type, RegularizedSequenceClassifierConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(
     RegularizedSequenceClassifierConfig, RegularizedSequenceClassifier, exist_ok=True
+)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=SAEFeatureExtractionPipeline, pt_model=SAEForFeatureExtraction, type="text"
 )

@@ -242,7 +242,7 @@ def test_upload_holds_tokenizer_and_backbone(
             names = {str(path.relative_to(folder_path)) for path in folder_path.rglob("*")}
             sent.update(repo_id=repo_id, names=names, **kwargs)
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("selfreg.utils.hub.HfApi", Api)
     make_classifier(loaded).save_pretrained(
         tmp_path / "m", save_backbone=True, push_to_hub=True, token="t", commit_message="first"
     )

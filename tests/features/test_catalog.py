@@ -452,7 +452,7 @@ def test_pushed_as_a_data_set(
             shutil.copytree(folder_path, tmp_path / "sent")
             sent.update(repo_id=repo_id, **kwargs)
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("selfreg.utils.hub.HfApi", Api)
     catalog = FeatureCatalog.build(sae, extractor, texts)
     catalog.push_to_hub("me/features", private=True, token="t")
     assert (sent["repo_id"], sent["repo_type"], sent["private"], sent["token"]) == (
@@ -463,7 +463,9 @@ def test_pushed_as_a_data_set(
     )
     assert {path.name for path in (tmp_path / "sent").iterdir()} == {"README.md", "catalog.json", "features.parquet"}
     assert FeatureCatalog.from_pretrained(tmp_path / "sent").records == catalog.records
-    with pytest.raises(FileNotFoundError, match="me/features is no folder on this machine, and the data set"):
+    with pytest.raises(
+        OSError, match="me/features is no folder on this machine and not in the Hub's cache, and HF_HUB_OFFLINE is set"
+    ):
         FeatureCatalog.from_pretrained("me/features")
 
 

@@ -10,10 +10,11 @@ from selfreg.activations.prompt import Pooling, PromptLayout, TokenRule, check_c
 from selfreg.activations.spec import HiddenStateSpec
 from selfreg.classifier.tasks import Task
 from selfreg.sae.input_norm import InputNorm
+from selfreg.utils.configs import CONFIG_FORMAT, CheckedConfigMixin
 
 
 @strict
-class RegularizedSequenceClassifierConfig(PreTrainedConfig):
+class RegularizedSequenceClassifierConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`RegularizedSequenceClassifier`]. Made by
     [`RegularizedSequenceClassifier.from_backbone`]; there is seldom a reason to write one by hand.
@@ -46,6 +47,7 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
         input_norm (`str`, defaults to `"none"`): how that SAE normalises each state by itself.
         remove_unintended (`bool`, defaults to `True`): whether they are removed from the hidden states.
         selfreg_version (`str`, *optional*): version that wrote the config.
+        config_format (`int`): of the config; one of a newer selfreg is not read.
     """
 
     model_type = "regularized_sequence_classifier"
@@ -74,6 +76,7 @@ class RegularizedSequenceClassifierConfig(PreTrainedConfig):
     input_norm: InputNorm = "none"
     remove_unintended: bool = True
     selfreg_version: str | None = None
+    config_format: int = CONFIG_FORMAT
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

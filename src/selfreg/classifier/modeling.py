@@ -26,10 +26,10 @@ from selfreg.classifier.pooling_mixin import PoolingMixin
 from selfreg.classifier.tasks import Task, num_logits, task_loss
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.sae.modeling import SAEForFeatureExtraction
-from selfreg.utils.hub import UPLOAD_OPTIONS, upload_folder
+from selfreg.utils.hub import UPLOAD_OPTIONS, PushMixin, upload_folder
 
 
-class RegularizedSequenceClassifier(PoolingMixin, PreTrainedModel):
+class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):
     """Backbone, pooling and a linear head `score`, with the rows of the unintended features.
 
     logits = score((pool(h') - mean) / scale), h' = h - Σ_c a_c(h) · W_dec[c] where the features are removed. `mean`

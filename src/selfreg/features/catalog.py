@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from huggingface_hub import CommitInfo
 
 from selfreg.activations.extractor import HiddenStateExtractor, check_texts
 from selfreg.activations.spec import HiddenStateSpec
@@ -33,7 +33,7 @@ from selfreg.features.votes import Agreement, agreement, split_votes
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.files import atomic_path, fingerprint_json, fingerprint_strings, read_json, write_json
-from selfreg.utils.hub import download_dataset, is_repo_id, upload_folder
+from selfreg.utils.hub import local_folder, push
 from selfreg.utils.progress import progress
 
 TABLE_NAME = "features.parquet"
@@ -326,29 +326,35 @@ class FeatureCatalog:
         private: bool | None = None,
         token: str | bool | None = None,
         commit_message: str = "Upload feature catalogue",
+        commit_description: str | None = None,
         revision: str | None = None,
-    ) -> str:
+        create_pr: bool = False,
+    ) -> CommitInfo:
         """Uploads the catalogue as a data set, which the Hub's viewer shows and `datasets.load_dataset` reads.
 
         It holds pieces of the texts that it was built from: where those may not be published, `private=True`.
 
         Args:
-            repo_id, private, token, commit_message, revision: as for `push_to_hub` of transformers.
+            repo_id, private, token, commit_message, commit_description, revision, create_pr: as for `push_to_hub` of
+                transformers.
 
         Returns:
-            The address of the data set.
+            The commit; its `oid` is what `revision=` of `from_pretrained` takes.
+
+        Raises:
+            OSError: no token, no permission, or no way to the Hub; says which.
         """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload_folder(
-                Path(folder),
-                repo_id=repo_id,
-                repo_type="dataset",
-                private=private,
-                token=token,
-                commit_message=commit_message,
-                revision=revision,
-            )
+        return push(
+            self.save_pretrained,
+            repo_id,
+            repo_type="dataset",
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes a folder that is a data set: `features.parquet`, one row a feature, `catalog.json` and a README.md.
@@ -382,11 +388,12 @@ class FeatureCatalog:
 
         Raises:
             FileNotFoundError: it is no catalogue.
+            OSError: there is no such data set or revision, no permission, or no way to the Hub; says which.
             ValueError: it is not whole, of another format, or holds decisions on another SAE's features.
         """
-        folder = Path(save_directory)
-        if not folder.exists() and is_repo_id(str(save_directory)):
-            folder = download_dataset(str(save_directory), (CONFIG_NAME, TABLE_NAME), revision=revision, token=token)
+        folder = local_folder(
+            str(save_directory), (CONFIG_NAME, TABLE_NAME), repo_type="dataset", revision=revision, token=token
+        )
         for name in (CONFIG_NAME, TABLE_NAME):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no {name}: it is not a feature catalogue")

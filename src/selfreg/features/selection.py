@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from selfreg.features.spans import Span
 from selfreg.sae.input_norm import InputNorm
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.files import read_json, write_json
+from selfreg.utils.hub import local_folder, push
 
 if TYPE_CHECKING:
     from selfreg.features.catalog import FeatureCatalog
@@ -268,15 +270,43 @@ class UnintendedFeatures:
         }
         write_json(folder / CONFIG_NAME, config)
 
+    def push_to_hub(
+        self, repo_id: str, *, commit_message: str = "Upload unintended features", **hub: Any
+    ) -> CommitInfo:
+        """Uploads the features as a repo of their own, in one commit.
+
+        Args:
+            repo_id, commit_message: as for `push_to_hub` of transformers.
+            hub: `private`, `token`, `revision`, `create_pr`, `commit_description`, likewise.
+
+        Returns:
+            The commit; its `oid` is what `revision=` of `from_pretrained` takes.
+
+        Raises:
+            OSError: no token, no permission, or no way to the Hub; says which.
+        """
+        return push(self.save_pretrained, repo_id, commit_message=commit_message, **hub)
+
     @classmethod
-    def from_pretrained(cls, save_directory: str | os.PathLike[str]) -> "UnintendedFeatures":
-        """Reads a folder that `save_pretrained` wrote.
+    def from_pretrained(
+        cls,
+        save_directory: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "UnintendedFeatures":
+        """Reads a folder that `save_pretrained` wrote, or a repo that `push_to_hub` uploaded.
+
+        Args:
+            save_directory: the folder, or a Hub id.
+            revision, token: of the repo on the Hub.
 
         Raises:
             FileNotFoundError: one of the two files is missing.
+            OSError: there is no such repo or revision, no permission, or no way to the Hub; says which.
             ValueError: they do not belong together, or the format is newer.
         """
-        folder = Path(save_directory)
+        folder = local_folder(str(save_directory), (CONFIG_NAME, WEIGHTS_NAME), revision=revision, token=token)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no {name}: it is not a folder of unintended features")

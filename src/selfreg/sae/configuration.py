@@ -7,13 +7,14 @@ from transformers import PreTrainedConfig
 
 from selfreg.activations.spec import HiddenStateSpec
 from selfreg.sae.input_norm import InputNorm
+from selfreg.utils.configs import CONFIG_FORMAT, CheckedConfigMixin
 
 ACTIVATION_NAMES = ("topk", "batch_topk", "jumprelu", "relu")
 INPUT_NORMS = get_args(InputNorm)
 
 
 @strict
-class SAEConfig(PreTrainedConfig):
+class SAEConfig(CheckedConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`SAEForFeatureExtraction`].
 
@@ -42,6 +43,7 @@ class SAEConfig(PreTrainedConfig):
         max_length (`int`, *optional*): tokens of a prompt.
         converted_from (`str`, *optional*): library and kind of the checkpoint that it was converted from.
         selfreg_version (`str`, *optional*): version that wrote the config.
+        config_format (`int`): of the config; one of a newer selfreg is not read.
 
     Raises:
         ValueError: `k` is over `num_features`, or a size is not positive, the activation is not known, or the prefixes
@@ -67,6 +69,7 @@ class SAEConfig(PreTrainedConfig):
     max_length: int | None = None
     converted_from: str | None = None
     selfreg_version: str | None = None
+    config_format: int = CONFIG_FORMAT
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -17,6 +17,7 @@ from selfreg.sae.kernels import sparse_decode, sparse_encode
 from selfreg.sae.outputs import SAEOutput, SparseFeatures, normalized_error
 from selfreg.sae.prefixes import decode_prefixes
 from selfreg.sae.training_mixin import SAETrainingMixin
+from selfreg.utils.hub import PushMixin
 
 _HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -24,7 +25,7 @@ _COUNTERS = frozenset({"tokens_since_fired", "dead_on_task", "sparsity_coefficie
 """Buffers that only training reads; a converted SAE may lack them."""
 
 
-class SAEForFeatureExtraction(SAETrainingMixin, PreTrainedModel):
+class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):
     """A sparse autoencoder: a(h) = σ(W_enc (x - b_dec) + b_enc), x̂ = a W_dec + b_dec.
 
     σ chooses a few features: see `SAEConfig.activation` and `selfreg.sae.activation_fns`.

@@ -1,25 +1,84 @@
-"""Uploads of what transformers' own `save_pretrained` does not know of."""
+"""Uploads to the Hub, each in one commit, and downloads from it, with errors that say what to do."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
+
+from huggingface_hub import CommitInfo, HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+RepoType = Literal["model", "dataset"]
 
 UPLOAD_OPTIONS = ("repo_id", "token", "private", "commit_message", "commit_description", "create_pr", "revision")
 """What `push_to_hub=True` of transformers takes beside it."""
 
+_LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
+
+
+def push(save: Callable[[Path], Any], repo_id: str, *, repo_type: RepoType = "model", **options: Any) -> CommitInfo:
+    """Uploads what `save` writes into an empty folder; `options` as for `upload_folder`."""
+    with TemporaryDirectory() as folder:
+        save(Path(folder))
+        return upload_folder(Path(folder), repo_id=repo_id, repo_type=repo_type, **options)
+
 
 def upload_folder(
-    folder: Path, *, repo_id: str | None = None, repo_type: Literal["model", "dataset"] = "model", **options: Any
-) -> str:
-    """Uploads all that lies in a folder; `options` as for transformers' `push_to_hub`. Gives the address."""
-    from huggingface_hub import HfApi
+    folder: Path,
+    *,
+    repo_id: str | None = None,
+    repo_type: RepoType = "model",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> CommitInfo:
+    """Uploads all that lies in a folder, in one commit: a repo shows either all of it or nothing.
 
-    api = HfApi(token=options.pop("token", None))
-    private = options.pop("private", None)
-    repo = api.create_repo(repo_id or folder.name, repo_type=repo_type, exist_ok=True, private=private)
-    api.upload_folder(repo_id=repo.repo_id, repo_type=repo_type, folder_path=folder, **options)
-    return str(repo)
+    What was uploaded before a push was cut short is not uploaded again.
+
+    Args:
+        folder: what to upload.
+        repo_id: with its owner, or under the user's own name; the folder's name if None.
+        repo_type, private, token, create_pr, commit_message, commit_description: as for `push_to_hub` of transformers.
+        revision: branch; made where there is none.
+
+    Raises:
+        OSError: no token, no permission, no such repo, or no way to the Hub; says which.
+    """
+    api = HfApi(token=token)
+    name = repo_id or folder.name
+    with hub_errors(name, revision, writes=True):
+        repo = api.create_repo(name, repo_type=repo_type, exist_ok=True, private=private)
+        if revision is not None and not revision.startswith("refs/pr/"):
+            try:
+                api.create_branch(repo.repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+            except HfHubHTTPError as error:
+                # Who may not write there can still open a pull request against a branch that is there.
+                if not (create_pr and error.response.status_code == 403):
+                    raise
+        return api.upload_folder(
+            repo_id=repo.repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+        )
 
 
 def is_repo_id(name: str) -> bool:
@@ -27,29 +86,120 @@ def is_repo_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None
 
 
-def download_dataset(
-    repo_id: str, files: Sequence[str], *, revision: str | None = None, token: str | bool | None = None
+def local_folder(
+    name: str,
+    files: Sequence[str],
+    *,
+    repo_type: RepoType = "model",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Path:
-    """The folder in the cache with those files of a data set on the Hub.
+    """The folder `name`, or where there is none, that of the cache with those files of the repo of this name.
 
     Raises:
-        FileNotFoundError: there is no such data set, or no way to it.
+        OSError: there is no such repo or revision, no permission, or no way to it; says which.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    try:
+    if Path(name).exists() or not is_repo_id(name):
+        return Path(name)
+    with hub_errors(name, revision):
         found = snapshot_download(
-            repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=list(files)
+            name,
+            repo_type=repo_type,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            allow_patterns=list(files),
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(
-            f"{repo_id} is no folder on this machine, and the data set of this name could not be read from the Hub "
-            f"({type(error).__name__}): check its name, and HF_HUB_OFFLINE or your token"
-        ) from error
     return Path(found)
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None = None, *, writes: bool = False) -> Iterator[None]:
+    """Errors of the Hub's client as an OSError that names the repo, what is the matter, and what to do."""
+    try:
+        yield
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise _unreachable(repo_id, revision, writes) from error
+    except (LocalTokenNotFoundError, HFValidationError) as error:
+        if isinstance(error, HFValidationError):
+            raise OSError(f"{repo_id!r} is no folder on this machine, and no name of a repo: {error}") from error
+        raise PermissionError(f"there is no token for {repo_id}: {_LOG_IN}") from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id} has no revision {revision!r}: give a branch, a tag or a commit of it, or leave it out for main"
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} lacks a file: {error}") from error
+    except RepositoryNotFoundError as error:
+        if writes and error.response.status_code == 401:
+            raise PermissionError(f"there is no token to write to {repo_id} with: {_LOG_IN}") from error
+        raise FileNotFoundError(
+            f"{repo_id} is no folder on this machine, and no repo on the Hub that this token may read: check the "
+            f"name, and for a private repo {_LOG_IN}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise PermissionError(f"the Hub does not know the token for {repo_id}: {_LOG_IN}") from error
+        if status == 403:
+            mend = "take a token with write permission, and a name under your own user or organisation"
+            raise PermissionError(
+                f"the token may not {'write to' if writes else 'read'} {repo_id}: "
+                + (mend if writes else "ask its owner for access")
+            ) from error
+        raise
+
+
+def _unreachable(repo_id: str, revision: str | None, writes: bool) -> OSError:
+    offline = constants.is_offline_mode()
+    if writes:
+        why = "HF_HUB_OFFLINE is set" if offline else "the Hub can't be reached"
+        return OSError(f"{repo_id} can't be pushed: {why}")
+    at = f" at revision {revision!r}" if revision else ""
+    why = (
+        "HF_HUB_OFFLINE is set: unset it to download it"
+        if offline
+        else "the Hub can't be reached: check the connection"
+    )
+    return OSError(f"{repo_id}{at} is no folder on this machine and not in the Hub's cache, and {why}")
+
+
+class PushMixin:
+    """`push_to_hub` of a model in one commit, with all that its `save_pretrained` writes."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save_options: Any,
+    ) -> CommitInfo:
+        """Uploads the model, with its card.
+
+        Args:
+            repo_id, commit_message, commit_description, private, token, revision, create_pr: as in transformers.
+            save_options: as for `save_pretrained`.
+
+        Returns:
+            The commit; its `oid` is what `revision=` of `from_pretrained` takes.
+
+        Raises:
+            OSError: no token, no permission, or no way to the Hub; says which.
+        """
+        own: Any = self
+        return push(
+            lambda folder: own.save_pretrained(folder, **save_options),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            commit_description=commit_description,
+        )

@@ -463,9 +463,7 @@ def test_pushed_as_a_data_set(
     )
     assert {path.name for path in (tmp_path / "sent").iterdir()} == {"README.md", "catalog.json", "features.parquet"}
     assert FeatureCatalog.from_pretrained(tmp_path / "sent").records == catalog.records
-    with pytest.raises(
-        OSError, match="me/features is no folder on this machine and not in the Hub's cache, and HF_HUB_OFFLINE is set"
-    ):
+    with pytest.raises(OSError, match="me/features is no folder .* and HF_HUB_OFFLINE is set"):
         FeatureCatalog.from_pretrained("me/features")
 
 

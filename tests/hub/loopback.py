@@ -149,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    # --- Who asks, and for what ---------------------------------------------------------------------------------------
+    # --- Who asks, and for what ---
 
     @property
     def user(self) -> str | None:
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _error(404, f"Invalid rev id: {unquote(revision)}", "RevisionNotFound")
         return sha
 
-    # --- Routes -------------------------------------------------------------------------------------------------------
+    # --- Routes ---
 
     def _route(self, path: str, query: dict[str, list[str]], data: bytes) -> None:
         if path == "/api/whoami-v2":

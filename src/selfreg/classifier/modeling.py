@@ -29,7 +29,7 @@ from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.hub import UPLOAD_OPTIONS, PushMixin, upload_folder
 
 
-class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):
+class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  # type: ignore[misc]
     """Backbone, pooling and a linear head `score`, with the rows of the unintended features.
 
     logits = score((pool(h') - mean) / scale), h' = h - Σ_c a_c(h) · W_dec[c] where the features are removed. `mean`

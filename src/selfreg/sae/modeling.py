@@ -25,7 +25,7 @@ _COUNTERS = frozenset({"tokens_since_fired", "dead_on_task", "sparsity_coefficie
 """Buffers that only training reads; a converted SAE may lack them."""
 
 
-class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):
+class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):  # type: ignore[misc]
     """A sparse autoencoder: a(h) = σ(W_enc (x - b_dec) + b_enc), x̂ = a W_dec + b_dec.
 
     σ chooses a few features: see `SAEConfig.activation` and `selfreg.sae.activation_fns`.

@@ -3,14 +3,15 @@
 import copy
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from selfreg.utils.files import fingerprint_file, fingerprint_strings
 logger = logging.getLogger(__name__)
 
 Layer = int | Literal["final"]
+_Loaded = TypeVar("_Loaded")
 
 _PACKAGE = "package:"
 _SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -93,13 +95,49 @@ def source_fingerprint(source: ModelSource) -> str | None:
     return fingerprint_strings([part for path in files for part in (path.name, fingerprint_file(path))])
 
 
+def tell_moved(what: str, name: str | None, trained_on: str | None, found: str | None) -> None:
+    """Warns where `what` was trained on one commit of the backbone `name` and now gets another; None: not known."""
+    if trained_on is not None and found is not None and trained_on != found:
+        logger.warning(
+            "%s was trained on the backbone %s at revision %s, and this is its revision %s: its features and scores "
+            "may mean something else; load revision %s for what was measured",
+            what,
+            name,
+            trained_on,
+            found,
+            trained_on,
+        )
+
+
+def with_revision_there(what: str, source: ModelSource, load: Callable[[ModelSource], _Loaded]) -> _Loaded:
+    """`load(source)`; where the commit is gone from the repo, what is there now, with a warning."""
+    try:
+        return load(source)
+    except OSError as error:
+        if source.revision is None or not _is_gone(error):
+            raise
+        now = replace(source, revision=None)
+        loaded = load(now)
+        tell_moved(what, source.path, source.revision, cached_commit(now))
+        return loaded
+
+
+def _is_gone(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, RevisionNotFoundError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
 def named_errors(what: str) -> Iterator[None]:
     """An OSError of `from_pretrained`, which does not always say which model it was, begins with what was loaded."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"{what} can't be loaded: {error}") from error
+        offline = " (HF_HUB_OFFLINE is set)" if constants.is_offline_mode() else ""
+        raise OSError(f"{what} can't be loaded{offline}: {error}") from error
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfreg.activations.backbone import (
     Layer,
+    ModelSource,
     cached_commit,
     check_layer,
     find_blocks,
@@ -18,6 +19,8 @@ from selfreg.activations.backbone import (
     load_backbone,
     load_tokenizer,
     resolve_model,
+    tell_moved,
+    with_revision_there,
 )
 from selfreg.activations.prompt import (
     REFERENCE_TEXT,
@@ -157,7 +160,15 @@ class HiddenStateExtractor:
             )
         settings = spec.to_dict()
         model, hidden_size = settings.pop("model"), settings.pop("hidden_size")
-        extractor = cls.from_pretrained(model, **{**settings, **kwargs})
+        if "revision" in kwargs:
+            extractor = cls.from_pretrained(model, **{**settings, **kwargs})
+            tell_moved("the SAE", model, spec.revision, extractor.spec.revision)
+        else:
+            extractor = with_revision_there(
+                "the SAE",
+                ModelSource(model, settings["gguf_file"], spec.revision),
+                lambda source: cls.from_pretrained(model, **{**settings, **kwargs, "revision": source.revision}),
+            )
         if extractor.hidden_size != hidden_size:
             raise ValueError(
                 f"the SAE takes states of width {hidden_size}, but the backbone {model!r} gives "

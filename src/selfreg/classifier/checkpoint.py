@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfreg.activations.backbone import load_backbone, resolve_model
+from selfreg.activations.backbone import load_backbone, resolve_model, with_revision_there
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.lora import (
     ADAPTER_FOLDER,
@@ -24,7 +24,6 @@ BACKBONE_FOLDER = "backbone"
 BACKBONE_PREFIX = "backbone."
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
-_HUB_OPTIONS_OF_PEFT = ("revision", "token", "cache_dir")
 
 
 def check_saved_whole(config: RegularizedSequenceClassifierConfig, backbone: Any, *, save_backbone: bool) -> None:
@@ -113,8 +112,7 @@ def load_whole_backbone(
         return backbone
     if given:
         backbone = sharing_copy(backbone)
-    own = {name: value for name, value in hub.items() if name in _HUB_OPTIONS_OF_PEFT}
-    return load_adapter(backbone, str(path), is_trainable=is_trainable, **own)
+    return load_adapter(backbone, str(path), is_trainable=is_trainable, **hub)
 
 
 def _load_backbone(
@@ -139,7 +137,11 @@ def _load_backbone(
         revision=config.base_model_revision,
         gguf_file=config.base_model_gguf_file,
     )
-    return load_backbone(source, layer=config.layer, dtype=dtype, **options)  # type: ignore[arg-type]
+    return with_revision_there(
+        str(path),
+        source,
+        lambda found: load_backbone(found, layer=config.layer, dtype=dtype, **options),  # type: ignore[arg-type]
+    )
 
 
 def load_tokenizer_of(path: str | os.PathLike[str], hub: dict[str, Any]) -> PreTrainedTokenizerBase | None:

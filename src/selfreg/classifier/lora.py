@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from selfreg.activations.backbone import truncate_backbone
 from selfreg.activations.spec import HiddenStateSpec
+from selfreg.utils.hub import local_folder
 
 # peft is imported where it is used: most classifiers have no adapter, and it takes a while.
 PeftModel: TypeAlias = Any
@@ -190,23 +191,23 @@ def load_adapter(
         path: folder or Hub id of the classifier.
         is_trainable: train it on; False: it is frozen.
         subfolder: where it lies there.
-        hub: `revision`, `token`, `cache_dir`.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        FileNotFoundError: a local folder lacks it.
+        FileNotFoundError: it is not there.
     """
     from peft import PeftModel
 
-    folder = Path(path) / subfolder
-    if Path(path).is_dir():
-        for name in _FILES:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"the classifier in {path} was trained with an adapter, but {folder / name} is missing: copy the "
-                    "whole folder, or save the classifier again"
-                )
+    # peft itself does not find on the Hub's cache what it may not ask the Hub for.
+    folder = local_folder(path, [f"{subfolder}/*"], **hub) / subfolder
+    for name in _FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"the classifier in {path} was trained with an adapter, but {folder / name} is missing: copy the "
+                "whole folder, or save the classifier again"
+            )
     with _quiet():
-        model = PeftModel.from_pretrained(backbone, path, subfolder=subfolder, is_trainable=is_trainable, **hub)
+        model = PeftModel.from_pretrained(backbone, str(folder), is_trainable=is_trainable)
     return model.eval()
 
 

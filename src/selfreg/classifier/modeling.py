@@ -26,7 +26,7 @@ from selfreg.classifier.pooling_mixin import PoolingMixin
 from selfreg.classifier.tasks import Task, num_logits, task_loss
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.sae.modeling import SAEForFeatureExtraction
-from selfreg.utils.hub import UPLOAD_OPTIONS, PushMixin, upload_folder
+from selfreg.utils.hub import UPLOAD_OPTIONS, PushMixin, told_offline, upload_folder
 
 
 class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  # type: ignore[misc]
@@ -340,13 +340,15 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
         Raises:
             ValueError: the folder lacks weights of the head.
             FileNotFoundError: the folder lacks the adapter.
+            OSError: there is no such folder or repo, or no way to it.
         """
         dtype = kwargs.pop("dtype", None)
         of_backbone: dict[str, Any] = {k: kwargs.pop(k) for k in ("attn_implementation", "device_map") if k in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, dtype=torch.float32, output_loading_info=True, **kwargs
-        )
+        with told_offline(str(pretrained_model_name_or_path)):
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, dtype=torch.float32, output_loading_info=True, **kwargs
+            )
         model, info = loaded
         if info["missing_keys"]:
             raise ValueError(

@@ -1,12 +1,14 @@
 """RegularizedTrainer: trains a classifier that stays off the unintended features."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers.trainer_utils import HubStrategy
 
 from selfreg.classifier.checkpoint import check_saved_whole
 from selfreg.classifier.collator import ClassifierCollator, pooled_dataset
@@ -212,6 +214,17 @@ class RegularizedTrainer(RegularizationMixin):
             rate = self.args.adapter_learning_rate
             optimizer.add_param_group({"params": adapter, "lr": rate, "weight_decay": 0.0})
         return optimizer
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        model, pushes = self.model, self.args.hub_strategy != HubStrategy.END
+        if pushes and self.is_world_process_zero() and isinstance(model, RegularizedSequenceClassifier):
+            # The Trainer knows of the head and the config: with nothing else, what it pushes could not be loaded.
+            if model.config.adapter:
+                adapter = Path(checkpoint_folder) / ADAPTER_FOLDER
+                shutil.copytree(adapter, Path(str(self.args.output_dir)) / ADAPTER_FOLDER, dirs_exist_ok=True)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(str(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -6,6 +6,7 @@ import typer
 
 from selfreg.cli.common import console
 from selfreg.cli.features import app as features_app
+from selfreg.cli.push import push
 from selfreg.cli.recipes import demo, run
 from selfreg.cli.sae import app as sae_app
 
@@ -38,5 +39,6 @@ def _main(
 
 app.command()(run)
 app.command()(demo)
+app.command()(push)
 app.add_typer(sae_app, name="sae")
 app.add_typer(features_app, name="features")

@@ -45,6 +45,7 @@ def upload_folder(
     create_pr: bool = False,
     commit_message: str | None = None,
     commit_description: str | None = None,
+    ignore: list[str] | None = None,
 ) -> CommitInfo:
     """Uploads all that lies in a folder, in one commit: a repo shows either all of it or nothing.
 
@@ -55,6 +56,7 @@ def upload_folder(
         repo_id: with its owner, or under the user's own name; the folder's name if None.
         repo_type, private, token, create_pr, commit_message, commit_description: as for `push_to_hub` of transformers.
         revision: branch; made where there is none.
+        ignore: patterns of files that stay here.
 
     Raises:
         OSError: no token, no permission, no such repo, or no way to the Hub; says which.
@@ -78,6 +80,7 @@ def upload_folder(
             create_pr=create_pr,
             commit_message=commit_message,
             commit_description=commit_description,
+            ignore_patterns=ignore,
         )
 
 
@@ -94,6 +97,7 @@ def local_folder(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """The folder `name`, or where there is none, that of the cache with those files of the repo of this name.
 
@@ -109,6 +113,7 @@ def local_folder(
             revision=revision,
             token=token,
             cache_dir=cache_dir,
+            local_files_only=local_files_only,
             allow_patterns=list(files),
         )
     return Path(found)
@@ -133,7 +138,7 @@ def hub_errors(repo_id: str, revision: str | None = None, *, writes: bool = Fals
         raise FileNotFoundError(f"{repo_id} lacks a file: {error}") from error
     except RepositoryNotFoundError as error:
         if writes and error.response.status_code == 401:
-            raise PermissionError(f"there is no token to write to {repo_id} with: {_LOG_IN}") from error
+            raise PermissionError(f"there is no token to write to {repo_id}: {_LOG_IN}") from error
         raise FileNotFoundError(
             f"{repo_id} is no folder on this machine, and no repo on the Hub that this token may read: check the "
             f"name, and for a private repo {_LOG_IN}"
@@ -141,13 +146,26 @@ def hub_errors(repo_id: str, revision: str | None = None, *, writes: bool = Fals
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 401:
-            raise PermissionError(f"the Hub does not know the token for {repo_id}: {_LOG_IN}") from error
+            known = "authorization" in error.response.request.headers
+            what = "the Hub does not know the token for" if known else "there is no token to write to"
+            raise PermissionError(f"{what} {repo_id}: {_LOG_IN}") from error
         if status == 403:
             mend = "take a token with write permission, and a name under your own user or organisation"
             raise PermissionError(
                 f"the token may not {'write to' if writes else 'read'} {repo_id}: "
                 + (mend if writes else "ask its owner for access")
             ) from error
+        raise
+
+
+@contextmanager
+def told_offline(name: str) -> Iterator[None]:
+    """An error of transformers, which does not say what it did not find, does so where nothing may be downloaded."""
+    try:
+        yield
+    except OSError as error:
+        if constants.is_offline_mode() and not Path(name).exists():
+            raise _unreachable(name, None, writes=False) from error
         raise
 
 

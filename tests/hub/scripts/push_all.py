@@ -1,0 +1,119 @@
+"""Started by test_roundtrip.py: pushes one of each kind to HF_ENDPOINT, and notes what must come back."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+
+from conftest import WORDS, tiny_backbone, word_tokenizer
+from helpers import make_sae
+from selfreg import (
+    FeatureCatalog,
+    HiddenStateExtractor,
+    RegularizedSequenceClassifier,
+    RegularizedTrainer,
+    RegularizedTrainingArguments,
+    SAEForFeatureExtraction,
+    SAETrainer,
+    SAETrainingArguments,
+    UnintendedFeatures,
+)
+from selfreg.utils.files import write_json
+
+TEXTS = [" ".join(WORDS[(7 * i + j * (i + 3)) % len(WORDS)] for j in range(3 + i % 9)) for i in range(24)]
+_TRAINING: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "push_to_hub": True,
+    "hub_strategy": "every_save",
+    "hub_always_push": True,
+}
+
+
+def make_model(extractor: HiddenStateExtractor, sae: SAEForFeatureExtraction, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = RegularizedSequenceClassifier.from_backbone(
+        extractor,
+        sae,
+        UnintendedFeatures.from_ids(sae, [3, 7, 11], reasons=["a", "b", "c"]),
+        id2label={0: "well", 1: "ill"},
+        **options,
+    )
+    torch.nn.init.normal_(model.score.weight)
+    model.set_standardization(torch.randn(20, 16) * 0.2)
+    if model.config.adapter:
+        for parameter in model.backbone.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def logits_of(model: RegularizedSequenceClassifier) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(model.pooled_states(TEXTS, [0] * len(TEXTS)).pooled)
+
+
+def main(folder: Path) -> None:
+    expected: dict[str, torch.Tensor] = {}
+    oids: dict[str, str] = {}
+    tiny_backbone().push_to_hub("me/backbone")
+    word_tokenizer().push_to_hub("me/backbone")
+    extractor = HiddenStateExtractor.from_pretrained("me/backbone", layer=1, max_length=32)
+    assert extractor.spec.revision, "the commit of the backbone is noted"
+    sae = make_sae(extractor)
+    oids["sae"] = sae.push_to_hub("me/sae", commit_message="the first one").oid
+    expected["sae"] = sae.encode(extractor.pool(TEXTS)).to_dense().detach()
+    UnintendedFeatures.from_ids(sae, [3, 7, 11], reasons=["a", "b", "c"]).push_to_hub("me/unintended", private=True)
+    catalog = FeatureCatalog.build(sae, extractor, TEXTS)
+    catalog.update(5, explanation="mentions of fever")
+    catalog.push_to_hub("me/catalog")
+
+    plain = make_model(extractor, sae)
+    expected["classifier"] = logits_of(plain)
+    oids["classifier"] = plain.push_to_hub("me/classifier").oid
+    with torch.no_grad():
+        plain.score.bias.add_(1.0)
+    expected["moved"] = logits_of(plain)
+    plain.push_to_hub("me/classifier", commit_message="moved")
+    plain.push_to_hub("me/classifier", revision="dev")
+    oids["pull request"] = plain.push_to_hub("me/classifier", create_pr=True).pr_revision
+    adapted = make_model(extractor, sae, lora={"r": 2})
+    expected["adapted"] = logits_of(adapted)
+    adapted.push_to_hub("me/adapted")
+    whole = make_model(extractor, sae, lora={"r": 2})
+    whole.push_to_hub("me/whole", save_backbone=True, private=True)
+    expected["whole"] = logits_of(whole)
+
+    rows = Dataset.from_list([{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)])
+    model = make_model(extractor, sae, lora={"r": 2})
+    args = RegularizedTrainingArguments(
+        str(folder / "trained"),
+        save_strategy="epoch",
+        hub_model_id="me/trained",
+        adapter_learning_rate=0.05,
+        **_TRAINING,
+    )
+    trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows)
+    trainer.train()
+    expected["trained"] = logits_of(model.eval())
+    trainer.push_to_hub()
+    store = extractor.extract(TEXTS, folder / "store")
+    own = SAETrainingArguments(
+        str(folder / "sae-trained"), save_strategy="epoch", hub_model_id="me/sae-trained", **_TRAINING
+    )
+    sae_trainer = SAETrainer(make_sae(extractor), own, train_dataset=store)
+    sae_trainer.train()
+    sae_trainer.push_to_hub()
+    expected["sae-trained"] = sae_trainer.model.encode(extractor.pool(TEXTS)).to_dense().detach()  # type: ignore[union-attr]
+
+    save_file(expected, folder / "expected.safetensors")
+    write_json(folder / "oids.json", oids)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,53 @@
+"""Pushed from one process, loaded in another with an empty cache: the same bytes, the same logits."""
+
+from pathlib import Path
+
+import pytest
+
+from hub_helpers import run_client
+from loopback import LoopbackHub
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pushed")
+    run_client(hub, "push_all.py", folder, cache=folder / "cache")
+    return folder
+
+
+def test_what_lies_on_the_hub(hub: LoopbackHub, pushed: Path) -> None:
+    assert hub.repo("me/sae").messages == ["initial commit", "the first one"]
+    assert {"config.json", "model.safetensors"} <= set(hub.repo("me/sae").paths())
+    assert hub.repo("me/unintended").private
+    assert not hub.repo("me/sae").private
+    assert {"features.parquet", "catalog.json", "README.md"} <= set(hub.repo("me/catalog", "datasets").paths())
+    adapted = set(hub.repo("me/adapted").paths())
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "tokenizer.json"} <= adapted
+    assert not any(path.startswith("backbone/") for path in adapted)
+    assert "backbone/model.safetensors" in hub.repo("me/whole").paths()
+    assert {"main", "dev", "refs/pr/1"} == set(hub.repo("me/classifier").refs)
+    # Everything of one push is one commit.
+    assert len(hub.repo("me/whole").commits) == 2
+    # Every save is pushed, and the end.
+    messages = hub.repo("me/trained").messages
+    assert [m for m in messages if m.startswith("Training in progress")] == [
+        "Training in progress, epoch 1",
+        "Training in progress, epoch 2",
+    ]
+    assert messages[-1] == "End of training"
+    for name in ("trained", "sae-trained"):
+        repo = hub.repo(f"me/{name}")
+        for sha, files in repo.commits.items():
+            if len(files) > 1 and name == "trained":
+                assert "adapter/adapter_model.safetensors" in files, sha
+
+
+def test_another_process_with_an_empty_cache(hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
+    run_client(hub, "load_all.py", pushed, cache=tmp_path)
+
+
+def test_offline_from_the_cache(hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
+    run_client(hub, "load_all.py", pushed, cache=tmp_path)
+    asked = len(hub.requests)
+    run_client(hub, "load_all.py", pushed, cache=tmp_path, offline=True)
+    assert len(hub.requests) == asked

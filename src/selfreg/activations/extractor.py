@@ -117,6 +117,7 @@ class HiddenStateExtractor:
         gguf_file: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
+        model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> "HiddenStateExtractor":
         """Loads a backbone, without the blocks that are not needed, and its tokenizer.
@@ -127,10 +128,15 @@ class HiddenStateExtractor:
             revision, gguf_file: see `resolve_model`.
             dtype: of the backbone. Hidden states are handed on as float32.
             device: where to put it; None: the accelerator if there is one.
+            model_kwargs: what else `AutoModel.from_pretrained` gets: `attn_implementation`, `quantization_config`,
+                `device_map` (instead of `device`), …
         """
+        model_kwargs = dict(model_kwargs or {})
         source = resolve_model(model, revision=revision, gguf_file=gguf_file)
         tokenizer = load_tokenizer(source)
-        backbone = load_backbone(source, layer=layer, dtype=dtype, device=device or default_device())
+        if not {"device_map", "quantization_config"} & model_kwargs.keys():
+            device = device or default_device()
+        backbone = load_backbone(source, layer=layer, dtype=dtype, device=device, **model_kwargs)
         return cls(
             backbone,
             tokenizer,

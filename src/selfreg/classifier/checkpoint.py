@@ -24,6 +24,8 @@ BACKBONE_FOLDER = "backbone"
 BACKBONE_PREFIX = "backbone."
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+BACKBONE_OPTIONS = ("attn_implementation", "device_map", "max_memory", "offload_folder", "quantization_config")
+"""Of `from_pretrained`, for the backbone alone: the head is small, and stays exact."""
 
 
 def check_saved_whole(config: RegularizedSequenceClassifierConfig, backbone: Any, *, save_backbone: bool) -> None:

@@ -12,6 +12,7 @@ from transformers import initialization as init
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.classifier.assembly import check_parts, classifier_config, label_names, unintended_mask
 from selfreg.classifier.checkpoint import (
+    BACKBONE_OPTIONS,
     BACKBONE_PREFIX,
     HUB_OPTIONS,
     check_saved_whole,
@@ -207,6 +208,16 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
     def get_input_embeddings(self) -> nn.Module:
         return self._require_backbone().get_input_embeddings()
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """
+        Raises:
+            ValueError: always: the backbone is named when the classifier is saved, so that new tokens would be lost.
+        """
+        raise ValueError(
+            "the vocabulary is that of the backbone, which a classifier names and does not save: resize and save the "
+            "backbone first, and build the extractor and the classifier from it"
+        )
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -334,8 +345,8 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
             backbone: the backbone without the adapter, if it is in memory already; it stays as it is.
             load_backbone_weights: False for the head alone, which takes cached states.
             is_trainable: train the adapter on, as in peft; False: it is frozen as the backbone is.
-            kwargs: as in transformers; `dtype`, `device_map` and `attn_implementation` are the backbone's. The head
-                stays float32 and goes where the backbone is.
+            kwargs: as in transformers; `dtype`, `device_map`, `max_memory`, `offload_folder`, `quantization_config`
+                and `attn_implementation` are the backbone's. The head stays float32 and goes where the backbone is.
 
         Raises:
             ValueError: the folder lacks weights of the head.
@@ -343,7 +354,7 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
             OSError: there is no such folder or repo, or no way to it.
         """
         dtype = kwargs.pop("dtype", None)
-        of_backbone: dict[str, Any] = {k: kwargs.pop(k) for k in ("attn_implementation", "device_map") if k in kwargs}
+        of_backbone: dict[str, Any] = {name: kwargs.pop(name) for name in BACKBONE_OPTIONS if name in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)
         with told_offline(str(pretrained_model_name_or_path)):
             loaded: Any = super().from_pretrained(

@@ -123,11 +123,13 @@ class PoolingMixin:
 
     def _rows(self) -> FeatureRows:
         mask = self.unintended_mask
-        decoder = self.decoder_directions
+        # Whatever the head is cast to: what is removed is a small difference of large states.
+        decoder = self.decoder_directions.float()
         if mask is not None:
             # What is unintended for some labels only can't be taken out of the one state that all labels read.
             decoder = decoder * mask.all(dim=0).unsqueeze(1).to(decoder)
-        return FeatureRows(self.encoder_directions, self.encoder_bias, decoder, self.config.input_norm)
+        encoder, bias = self.encoder_directions.float(), self.encoder_bias.float()
+        return FeatureRows(encoder, bias, decoder, self.config.input_norm)
 
     def extractor(self) -> HiddenStateExtractor:
         """The extractor that gives the states this classifier reads. With an adapter those are no longer the states of

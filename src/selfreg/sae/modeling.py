@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils.generic import can_return_tuple
 
 from selfreg.sae.activation_fns import ACTIVATIONS, Active, Weights
 from selfreg.sae.configuration import SAEConfig
@@ -208,6 +209,7 @@ class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):  # 
             return self._denormalize(decoded)
         return self._standardize(hidden_states).restore(self._denormalize(decoded))
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         hidden_states: Tensor,

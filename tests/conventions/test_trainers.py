@@ -190,7 +190,6 @@ def test_loggers_hear_of_every_part(kind: str, make: Callable[..., Any]) -> None
 
 # torch._dynamo looks at tensors that warn when they are looked at.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "settings",
@@ -208,6 +207,10 @@ def test_loggers_hear_of_every_part(kind: str, make: Callable[..., Any]) -> None
 def test_settings_have_their_effect_or_leave_the_result(
     kind: str, settings: dict[str, Any], make: Callable[..., Any]
 ) -> None:
+    if kind == "sae" and "torch_compile" in settings:
+        with pytest.raises(ValueError, match="torch_compile has nothing to work on here"):
+            make(kind, **settings)
+        return
     plain, changed = make(kind, num_train_epochs=1), make(kind, num_train_epochs=1, **settings)
     for trainer in (plain, changed):
         trainer.train()

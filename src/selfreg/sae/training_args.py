@@ -85,6 +85,11 @@ class SAETrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={count} must be at least 1")
         if not 0 <= self.k_anneal_ratio <= 1:
             raise ValueError(f"k_anneal_ratio={self.k_anneal_ratio} must lie between 0 and 1")
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(
+                "torch_compile has nothing to work on here: an SAE's step is kernels with a backward of their own, "
+                "which it can't look into; leave it out"
+            )
         super().__post_init__()
         # Without an accelerator pinned memory only brings a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()

@@ -216,6 +216,16 @@ class ClassifierRecipe(_Part):
         return self
 
 
+class CardRecipe(_Part):
+    """`card:`"""
+
+    about: str | None = Field(None, description="What the classifier is for, in a sentence or two.")
+    example: str | None = Field(None, description="A text to try it with.")
+    license: str | None = Field(None, description="Of the model, as the Hub names it, such as apache-2.0.")
+    language: str | None = Field(None, description="Of the texts, such as en.")
+    datasets: list[str] = Field(default_factory=list, description="Hub ids of the data, for filters on the Hub.")
+
+
 class Recipe(_Part):
     """A whole run: data, SAE, unintended features, classifier, baselines and figures."""
 
@@ -232,6 +242,7 @@ class Recipe(_Part):
         description="What the texts are and the labels mean, for the baseline zero_shot; null: the labels' names.",
     )
     baselines: list[str] = Field(default_factory=lambda: list(BASELINES))
+    card: CardRecipe = Field(default_factory=CardRecipe, description="What only people know, for the model cards.")
 
     @field_validator("baselines")
     @classmethod

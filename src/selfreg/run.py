@@ -26,6 +26,7 @@ from selfreg.features.records import Vote
 from selfreg.features.rubric import Rubric
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.heads import Heads
+from selfreg.hub.cards import write_cards
 from selfreg.recipe import ChatRecipe, Recipe, RecipeError
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.modeling import SAEForFeatureExtraction
@@ -341,6 +342,7 @@ class _Run:
                     density=record.density,
                     max_activation=record.max_activation,
                     spans=record.spans[:5],
+                    decided_by=record.decided_by,
                 )
             )
         data = ReportData(
@@ -354,6 +356,7 @@ class _Run:
             weight_path=WeightPath.from_dict(path) if (path := methods["selfreg"].get("weight_path")) else None,
         )
         write_report(self.output / "report.html", data)
+        write_cards(self.output, data)
 
 
 def _chat(recipe: ChatRecipe) -> ChatModel:

@@ -215,6 +215,15 @@ class RegularizedTrainer(RegularizationMixin):
             optimizer.add_param_group({"params": adapter, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of selfreg for its own classifiers; that of transformers for stock models."""
+        if not isinstance(self.model, RegularizedSequenceClassifier):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            from selfreg.hub.cards import write_trainer_card
+
+            write_trainer_card(self)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         model, pushes = self.model, self.args.hub_strategy != HubStrategy.END
         if pushes and self.is_world_process_zero() and isinstance(model, RegularizedSequenceClassifier):

@@ -32,6 +32,7 @@ class ReportFeature:
         density (`float`): share of the tokens on which it is active, from 0 to 1.
         max_activation (`float`): its largest activation.
         spans (`Sequence[Span]`): its top activating spans, strongest first.
+        decided_by (`str`, *optional*): who gave the verdict.
     """
 
     feature: int
@@ -41,6 +42,7 @@ class ReportFeature:
     density: float
     max_activation: float
     spans: Sequence[Span]
+    decided_by: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from selfreg.features.catalog import CONFIG_NAME as CATALOG_NAME
 from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.selection import CONFIG_NAME as FEATURES_NAME
 from selfreg.features.selection import UnintendedFeatures
+from selfreg.hub.cards import name_repo
 from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.files import read_json
@@ -92,5 +93,6 @@ def push_folder(folder: Path, repo_id: str, **hub: Any) -> tuple[Kind, CommitInf
     """
     kind = kind_of(folder)
     kind.check(folder)
+    name_repo(folder, repo_id)
     hub.setdefault("commit_message", f"Upload {kind.name}")
     return kind, upload_folder(folder, repo_id=repo_id, repo_type=kind.repo_type, ignore=_LEFT_OUT, **hub)

@@ -100,6 +100,13 @@ class SAETrainer(PartsTrainer):
                 self._start_from_data()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of selfreg, with the figures that were evaluated last."""
+        if self.is_world_process_zero():
+            from selfreg.hub.cards import write_trainer_card
+
+            write_trainer_card(self)
+
     def compute_loss(
         self,
         model: Any,

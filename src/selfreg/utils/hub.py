@@ -211,8 +211,18 @@ class PushMixin:
             OSError: no token, no permission, or no way to the Hub; says which.
         """
         own: Any = self
+
+        def save(folder: Path) -> None:
+            # Here, as cards know of everything, and every model can be pushed.
+            from selfreg.hub.cards import plain_card, write_card
+
+            own.save_pretrained(folder, **save_options)
+            # One that is there says more.
+            if not HfApi(token=token).file_exists(repo_id, "README.md", revision=revision):
+                write_card(folder, plain_card(own.config, repo_id))
+
         return push(
-            lambda folder: own.save_pretrained(folder, **save_options),
+            save,
             repo_id,
             private=private,
             token=token,

@@ -62,6 +62,8 @@ def classifier_card(data: ReportData, config: RegularizedSequenceClassifierConfi
             task_type=_TASKS[recipe.task],
             dataset_type=_dataset_of(recipe, part),
             dataset_name=part,
+            # Results are told apart by it.
+            dataset_split=part,
             metric_type=_HUB_METRICS.get(name, name),
             metric_value=round(value, 6),
         )
@@ -190,7 +192,11 @@ def _card(template: str, meta: ModelCardData, **values: Any) -> ModelCard:
 @cache
 def _environment() -> Environment:
     return Environment(
-        loader=PackageLoader("selfreg.hub"), undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True
+        loader=PackageLoader("selfreg.hub"),
+        undefined=StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+        trim_blocks=True,
     )
 
 
@@ -222,8 +228,7 @@ def _of_backbone(config: Any) -> dict[str, Any]:
     name = hub_name(config.base_model_name_or_path) or "a language model"
     on_hub = is_repo_id(name)
     return {
-        "backbone": name if on_hub else Path(name).name,
-        "backbone_url": f"https://huggingface.co/{name}" if on_hub else "",
+        "backbone": f"[`{name}`](https://huggingface.co/{name})" if on_hub else f"`{Path(name).name}`",
         "layer": config.layer,
     }
 

@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A bare torch would pull gigabytes of CUDA on Linux; with a GPU, use the pip lines of README.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-fast test-interop quality clean
+.PHONY: setup demo model-cards test test-fast test-interop quality clean
 
 .venv/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,9 @@ setup: .venv/.ready
 
 demo: setup  ## the whole method in minutes; results in runs/demo
 	$(BIN)/selfreg demo --output runs/demo
+
+model-cards: setup  ## trains the models that the project publishes and writes model_cards/; needs SELFREG_DATA
+	$(BIN)/python model_cards/make.py
 
 # Two processes of one thread each: the models are too small for a second thread to pay.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A bare torch would pull gigabytes of CUDA on Linux; with a GPU, use the pip lines of README.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo model-cards test test-fast test-interop quality clean
+.PHONY: setup demo model-cards docs test test-fast test-interop quality clean
 
 .venv/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
@@ -37,10 +37,13 @@ test-interop: setup  ## the formats of other SAE libraries, with SAELens itself 
 	$(BIN)/python -c "import sae_lens"
 	$(BIN)/python -m pytest tests/sae/interop
 
+docs: setup  ## the pages and the API reference, in build/docs
+	$(BIN)/mkdocs build --strict --quiet
+
 quality: setup  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs dist
+	rm -rf .venv runs dist build

@@ -309,6 +309,7 @@ class Recipe(_Part):
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
+        """The recipe with all defaults, as YAML and JSON can hold it."""
         return self.model_dump(mode="json")
 
     def sha256(self) -> str:

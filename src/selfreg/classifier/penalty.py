@@ -43,6 +43,14 @@ def similarity_penalty(
 
     Raises:
         ValueError: an unknown similarity, another width, or a mask of another shape.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[3.0, 4.0]])
+        >>> float(similarity_penalty(weight, torch.tensor([[0.0, 2.0]]), "dot"))
+        4.0
+        >>> round(float(similarity_penalty(weight, torch.tensor([[0.0, 2.0]]), "subspace")), 4)
+        0.64
     """
     check_choice("similarity", similarity, Similarity)
     if weight.shape[-1] != directions.shape[-1]:

@@ -16,6 +16,11 @@ class SparseFeatures(NamedTuple):
             activations with a threshold.
         values (`[..., K]`): their activations; 0 where a state has fewer.
         num_features (`int`): width of the dense form.
+
+    Example:
+        >>> import torch
+        >>> SparseFeatures(torch.tensor([[2, 0]]), torch.tensor([[1.5, 0.5]]), 4).to_dense()
+        tensor([[0.5000, 0.0000, 1.5000, 0.0000]])
     """
 
     indices: Tensor

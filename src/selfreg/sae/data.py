@@ -47,9 +47,9 @@ def collate_states(rows: Sequence[Any]) -> dict[str, Tensor]:
     return {"hidden_states": torch.stack([torch.as_tensor(row["hidden_states"]) for row in rows])}
 
 
-def iterate_states(dataset: StatesDataset, chunk: int = 8192) -> Iterator[Tensor]:
-    """All states in order, `chunk` at a time."""
-    for start in range(0, len(dataset), chunk):
+def iterate_states(dataset: StatesDataset, chunk: int = 8192, part: slice = slice(None)) -> Iterator[Tensor]:
+    """All states in order, `chunk` at a time; with `part`, only these of the chunks."""
+    for start in range(0, len(dataset), chunk)[part]:
         yield gather_states(dataset, range(start, min(start + chunk, len(dataset))))
 
 

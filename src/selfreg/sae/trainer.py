@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from selfreg.activations.store import ActivationStore
 from selfreg.sae.data import StatesDataset, check_states, collate_states, iterate_states, sample_states
 from selfreg.sae.input_norm import standardize
 from selfreg.sae.modeling import SAEForFeatureExtraction
+from selfreg.sae.sharding import whole_weights
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.sae.training_args import SAETrainingArguments
+from selfreg.utils.processes import largest_over, one_batch, own_part, together
 from selfreg.utils.trainer import PartsTrainer
 
 _LEARNING_RATE = 3e-3
@@ -73,6 +76,12 @@ class SAETrainer(PartsTrainer):
             )
             # DataParallel would scatter masks over features as if they were batches of states.
             args._n_gpu = 1
+        # Every weight gets a gradient at every step, and the buffers are the same everywhere: they are counted over all
+        # processes. What torch would search for and send to no end, unless it is asked for.
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False
         super().__init__(
             model=model,
             args=args,
@@ -107,7 +116,11 @@ class SAETrainer(PartsTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        states = inputs["hidden_states"]
+        # The batches of all processes are one: what is chosen, counted and divided by is taken over all of them.
+        with one_batch() if model.training else nullcontext():
+            return self._loss(model, inputs["hidden_states"], return_outputs)
+
+    def _loss(self, model: Any, states: Tensor, return_outputs: bool) -> Any:
         sae = self.accelerator.unwrap_model(model)
         if self.args.objective == "finetune" and model.training:
             # Through the wrapper's own forward, or the gradients of the processes would never meet.
@@ -138,7 +151,7 @@ class SAETrainer(PartsTrainer):
             aux = output.aux_loss if output.aux_loss is not None else 0.0
             self.parts.add(l0=output.l0, aux_loss=aux, dead_fraction=dead_mask.float().mean())
             # One state, as the last batch of an epoch may be, has no variance to leave unexplained.
-            if states.shape[:-1].numel() > 1:
+            if states.shape[:-1].numel() * together() > 1:
                 self.parts.add(fvu=output.fvu)
         return (output.loss, output) if return_outputs else output.loss
 
@@ -161,7 +174,9 @@ class SAETrainer(PartsTrainer):
                 metrics |= self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
             return metrics
         check_states(self.model.config, dataset)
-        figures = evaluate_sae(self.accelerator.unwrap_model(self.model), dataset).to_dict()
+        sae = self.accelerator.unwrap_model(self.model)
+        with one_batch(), whole_weights(sae):
+            figures = evaluate_sae(sae, dataset).to_dict()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         metrics[f"{metric_key_prefix}_loss"] = figures["fvu"]
         self.log(metrics)
@@ -175,9 +190,11 @@ class SAETrainer(PartsTrainer):
         """
         sae = self.accelerator.unwrap_model(self.model)
         maxima = torch.full((sae.config.num_features,), -torch.inf, device=sae.device)
-        for chunk in iterate_states(self.train_dataset):  # type: ignore[arg-type]
-            maxima = torch.maximum(maxima, sae.max_preactivations(chunk.to(sae.device)))
-        return maxima <= (0 if sae.activation.threshold == "none" else sae.threshold.clamp_min(0))
+        with one_batch(), whole_weights(sae):
+            for chunk in iterate_states(self.train_dataset, part=own_part()):  # type: ignore[arg-type]
+                maxima = torch.maximum(maxima, sae.max_preactivations(chunk.to(sae.device)))
+            maxima = largest_over(maxima)
+            return maxima <= (0 if sae.activation.threshold == "none" else sae.threshold.clamp_min(0))
 
     def _current_k(self) -> int:
         k = self.model.config.k
@@ -222,7 +239,8 @@ class SAETrainer(PartsTrainer):
     def _dead_after(self) -> int:
         if self.args.dead_after_tokens is not None:
             return self.args.dead_after_tokens
-        seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seen = self.state.max_steps * a_step
         return min(10_000_000, max(1, seen // 40))
 
     def _normalization(self) -> tuple[Tensor, Tensor, Tensor]:

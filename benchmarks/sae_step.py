@@ -35,7 +35,8 @@ from transformers.trainer_callback import PrinterCallback
 from sae_peers import PEERS, Step
 from selfreg import ActivationStore, SAEConfig, SAEForFeatureExtraction, SAETrainer, SAETrainingArguments
 from selfreg.activations.spec import HiddenStateSpec
-from selfreg.activations.store import StoreShard, StoreWriter
+from selfreg.activations.store import StoreShard
+from selfreg.activations.writer import StoreWriter
 
 
 def states(count: int, width: int, seed: int = 0) -> Tensor:
@@ -149,7 +150,8 @@ def write_store(folder: Path, x: Tensor) -> ActivationStore:
         folder, spec, text_fingerprint="", num_texts=len(x), dtype=x.dtype, pooling="mean", shard_tokens=len(x)
     )
     ids = torch.arange(len(x))
-    writer.write(StoreShard(0, len(x), x, ids, torch.zeros_like(ids), torch.zeros_like(ids)))
+    writer.write(0, StoreShard(0, len(x), x, ids, torch.zeros_like(ids), torch.zeros_like(ids)))
+    writer.finish()
     return ActivationStore(folder)
 
 

@@ -283,6 +283,7 @@ def test_what_does_not_fit_is_refused(extractor: HiddenStateExtractor, texts: li
         ({"k_anneal_ratio": 2.0}, "between 0 and 1"),
         ({"k_start": -3}, "k_start=-3 must be at least 1"),
         ({"dead_after_tokens": 0}, "dead_after_tokens=0 must be at least 1"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "use version 2"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path: Path, setting: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ from selfreg.sae.input_norm import standardize
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae.sharding import whole_weights
 from selfreg.sae.statistics import evaluate_sae
-from selfreg.sae.training_args import SAETrainingArguments
+from selfreg.sae.training_args import FSDP1_REFUSED, SAETrainingArguments
 from selfreg.utils.processes import largest_over, one_batch, own_part, together
 from selfreg.utils.trainer import PartsTrainer
 
@@ -89,6 +89,9 @@ class SAETrainer(PartsTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(FSDP1_REFUSED)
         self.can_return_loss = True
         self.add_callback(_UnitNormDecoder())
         if args.objective == "finetune":

@@ -26,6 +26,11 @@ def processes() -> "PartialState":
     return PartialState()
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all; one that has not joined others speaks for itself."""
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
 def gather_all(value: Any) -> list[Any]:
     """What every process has, in the order of the processes; every process gets the list."""
     if processes().num_processes == 1:

@@ -55,7 +55,7 @@ class RowReader:
         """
         rows = self._rows(path)
         out = torch.empty(len(wanted), rows.width, dtype=rows.dtype)
-        view = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        view = memoryview(out.view(torch.uint8).numpy().data).cast("B")
         size = rows.width * rows.dtype.itemsize
         # Rows that follow one another are read at once.
         firsts = np.flatnonzero(np.diff(wanted, prepend=wanted[0] - 2) != 1)

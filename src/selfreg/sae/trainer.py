@@ -2,21 +2,26 @@
 
 import copy
 import logging
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from selfreg import __version__
 from selfreg.activations.store import ActivationStore
-from selfreg.sae.data import StatesDataset, check_states, collate_states, iterate_states, sample_states
+from selfreg.activations.streaming import StreamingActivations
+from selfreg.sae.data import StatesDataset, check_states, collate_states, iterate_states, sample_of
 from selfreg.sae.input_norm import standardize
 from selfreg.sae.modeling import SAEForFeatureExtraction
+from selfreg.sae.sampling import WindowSampler
 from selfreg.sae.sharding import whole_weights
 from selfreg.sae.statistics import evaluate_sae
+from selfreg.sae.streams import StreamBatches, StreamPlace, load_place
 from selfreg.sae.training_args import FSDP1_REFUSED, SAETrainingArguments
 from selfreg.utils.processes import largest_over, one_batch, own_part, together
 from selfreg.utils.trainer import PartsTrainer
@@ -31,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _NORMALIZATION_STATES = 65_536
 _THRESHOLD_STATES = 2_048
+_CHUNK = 8_192
 
 
 class SAETrainer(PartsTrainer):
@@ -43,8 +49,9 @@ class SAETrainer(PartsTrainer):
     Args:
         model: the SAE.
         args: a [`SAETrainingArguments`].
-        train_dataset: an [`ActivationStore`], or any map-style dataset whose rows hold `hidden_states`.
-        eval_dataset: likewise; `evaluate` gives FVU, L0 and dead share over the whole of it.
+        train_dataset: an [`ActivationStore`], any map-style dataset whose rows hold `hidden_states`, or a
+            [`StreamingActivations`], which needs `max_steps`.
+        eval_dataset: a store or a map-style dataset; `evaluate` gives FVU, L0 and dead share over the whole of it.
 
     Raises:
         ValueError: the dataset is empty, its states have another width, or the SAE is of another backbone.
@@ -57,10 +64,17 @@ class SAETrainer(PartsTrainer):
         self,
         model: SAEForFeatureExtraction,
         args: SAETrainingArguments,
-        train_dataset: StatesDataset | None = None,
+        train_dataset: StatesDataset | StreamingActivations | None = None,
         eval_dataset: StatesDataset | dict[str, StatesDataset] | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(train_dataset, StreamingActivations):
+            kwargs["callbacks"] = [StreamPlace(train_dataset), *(kwargs.get("callbacks") or [])]
+            if args.dataloader_num_workers:
+                raise ValueError(
+                    f"dataloader_num_workers={args.dataloader_num_workers}: a stream runs its backbone in the process "
+                    "that trains; leave it at 0"
+                )
         eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (train_dataset, *eval_datasets):
             if dataset is not None:
@@ -76,8 +90,8 @@ class SAETrainer(PartsTrainer):
             )
             # DataParallel would scatter masks over features as if they were batches of states.
             args._n_gpu = 1
-        # Every weight gets a gradient at every step, and the buffers are the same everywhere: they are counted over all
-        # processes. What torch would search for and send to no end, unless it is asked for.
+        # Every weight gets a gradient at every step, and the buffers, counted over all processes, are the same
+        # everywhere: what torch would search for and send at every step to no end, unless it is asked for.
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         if args.ddp_broadcast_buffers is None:
@@ -97,7 +111,9 @@ class SAETrainer(PartsTrainer):
         if args.objective == "finetune":
             self.add_callback(_TaskSplit(self))
         model.config.selfreg_version = __version__
-        if isinstance(train_dataset, ActivationStore) and model.config.base_model_name_or_path is None:
+        if model.config.base_model_name_or_path is None and isinstance(
+            train_dataset, ActivationStore | StreamingActivations
+        ):
             model.config.set_hidden_state_spec(train_dataset.spec)
 
     def train(  # type: ignore[override]
@@ -110,7 +126,25 @@ class SAETrainer(PartsTrainer):
                 self._adopt()
             elif self.args.objective == "pretrain" and not resume_from_checkpoint:
                 self._start_from_data()
+        if isinstance(self.train_dataset, StreamingActivations) and resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            # The stream goes to its place by itself; the Trainer would run the backbone over all that came before.
+            self.args.ignore_data_skip = load_place(self.train_dataset, resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if isinstance(self.train_dataset, StreamingActivations):
+            # Not prepared by accelerate: the stream has dealt out the texts already, and gives whole batches.
+            return DataLoader(StreamBatches(self.train_dataset, self._train_batch_size), batch_size=None)
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, ActivationStore) and self.args.train_sampling_strategy == "random":
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return WindowSampler(dataset, seed)
+        return super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self,
@@ -194,10 +228,16 @@ class SAETrainer(PartsTrainer):
         sae = self.accelerator.unwrap_model(self.model)
         maxima = torch.full((sae.config.num_features,), -torch.inf, device=sae.device)
         with one_batch(), whole_weights(sae):
-            for chunk in iterate_states(self.train_dataset, part=own_part()):  # type: ignore[arg-type]
+            for chunk in self._own_states():
                 maxima = torch.maximum(maxima, sae.max_preactivations(chunk.to(sae.device)))
             maxima = largest_over(maxima)
             return maxima <= (0 if sae.activation.threshold == "none" else sae.threshold.clamp_min(0))
+
+    def _own_states(self) -> Iterator[Tensor]:
+        """This process's part of the training states, a chunk at a time; of a stream, those of its buffer."""
+        if isinstance(self.train_dataset, StreamingActivations):
+            return iter(self.train_dataset.current_states().split(_CHUNK))
+        return iterate_states(self.train_dataset, _CHUNK, own_part())  # type: ignore[arg-type]
 
     def _current_k(self) -> int:
         k = self.model.config.k
@@ -249,7 +289,7 @@ class SAETrainer(PartsTrainer):
     def _normalization(self) -> tuple[Tensor, Tensor, Tensor]:
         """Up to 65,536 states, their mean, and the scale that gives them a mean squared norm of hidden_size."""
         sae = self.accelerator.unwrap_model(self.model)
-        states = sample_states(self.train_dataset, _NORMALIZATION_STATES)  # type: ignore[arg-type]
+        states = sample_of(self.train_dataset, _NORMALIZATION_STATES)  # type: ignore[arg-type]
         sample = standardize(states.double(), sae.config.input_norm).states
         mean = sample.mean(dim=0)
         scale = (sample - mean).pow(2).mean().sqrt()

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 OBJECTIVES = ("pretrain", "finetune")
 
 FSDP1_REFUSED = (
-    "FSDP version 1 cuts weights without regard to rows, and a decoder direction could not be kept at unit length: use "
+    "FSDP version 1 cuts weights without regard to rows, and decoder directions could not be kept at unit length: use "
     "version 2 (fsdp_config={'version': 2}, which is the default; fsdp_version: 2 in the file of `accelerate config`)"
 )
 

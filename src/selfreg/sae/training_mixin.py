@@ -89,10 +89,10 @@ class SAETrainingMixin:
 
         Nothing to do without `normalize_decoder`; a tied weight is the encoder too, whose length is free.
         """
-        weight = self.decoder_weight
-        if self.config.normalize_decoder and not self.config.tied and weight.grad is not None:
+        weight, gradient = self.decoder_weight, self.decoder_weight.grad
+        if self.config.normalize_decoder and not self.config.tied and gradient is not None:
             # Row by row: vecdot would hold the elementwise product of the two, as large as the decoder.
-            weight, gradient = own_rows(weight), own_rows(weight.grad)
+            weight, gradient = own_rows(weight), own_rows(gradient)
             rows = torch.arange(len(weight), device=weight.device).unsqueeze(1)
             along = sampled_dot(gradient, weight, rows)
             gradient.addcmul_(along, weight, value=-1)

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from torch.distributed import ReduceOp
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from accelerate import PartialState  # type: ignore[import-untyped]
 
 _together = 1
 
@@ -35,7 +35,7 @@ def gather_all(value: Any) -> list[Any]:
     """What every process has, in the order of the processes; every process gets the list."""
     if processes().num_processes == 1:
         return [value]
-    from accelerate.utils import gather_object
+    from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
     gathered: list[Any] = gather_object([value])
     return gathered

@@ -11,9 +11,10 @@ TESTS = Path(__file__).parent
 def launch(script: str, *arguments: object, processes: int = 2, accelerate: bool = False) -> None:
     """Runs `tests/<script>` in several processes over gloo; fails with the end of what they said."""
     if accelerate:
-        start = ["accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_machines", "1", "--mixed_precision"]
-        start += ["no", "--dynamo_backend", "no", "--num_processes", str(processes), "--num_cpu_threads_per_process"]
-        start += ["1", "--main_process_port", "0"]
+        # Not --cpu: with it, `accelerate launch` starts one process, whatever their number, and leaves more to mpirun.
+        start = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", str(processes)]
+        start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        start += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
     else:
         start = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(

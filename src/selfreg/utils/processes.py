@@ -5,6 +5,7 @@ for training, within which sums go over the batches of all processes. Outside of
 alone, so that a model which one process uses by itself never waits for others.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,13 @@ def processes() -> "PartialState":
     """Which process this is, and of how many. The first call joins the others, so every process has to make it."""
     from accelerate import PartialState
 
-    return PartialState()
+    # Left to itself it joins no others on a CPU: it takes several processes without an accelerator for strangers.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return PartialState() if alone else PartialState(cpu=not torch.accelerator.is_available() or _forced_to_cpu())
+
+
+def _forced_to_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
 
 
 def is_main_process() -> bool:

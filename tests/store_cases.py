@@ -82,11 +82,13 @@ def train_from_stream(folder: Path) -> None:
         stream = StreamingActivations(make_extractor(), make_texts(), buffer_tokens=150)
         settings = {"max_steps": 12, "per_device_train_batch_size": 32, "save_strategy": "steps", "save_steps": 5}
         args = make_args(folder / name, use_cpu=True, learning_rate=5e-3, **settings)
-        return SAETrainer(make_sae(make_extractor()), args, train_dataset=stream, callbacks=list(callbacks))
+        sae = make_sae(make_extractor())
+        # A new one: centring and scale come from the first buffers of both processes.
+        sae.mean.zero_()
+        sae.scale.fill_(1)
+        return SAETrainer(sae, args, train_dataset=stream, callbacks=list(callbacks))
 
     whole = make("whole")
-    whole.model.mean.zero_()
-    whole.model.scale.fill_(1)
     whole.train()
     parts = gather_all(whole.train_dataset.current_states())  # type: ignore[union-attr]
     assert not torch.equal(parts[0][:20], parts[1][:20]), "both processes read the same texts"

@@ -4,6 +4,7 @@ A shard is a file that appears whole, under its number, and says itself what it 
 write at once, and whoever goes on after a kill sees what is there.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ class StoreWriter:
         if shard.cls_states is not None:
             tensors["cls_states"] = shard.cls_states.to(self.dtype).contiguous()
         of = {"first_text": shard.first_text, "end_text": shard.end_text, "full_texts": shard.full_texts}
-        metadata = {_OF: self._key, **{name: str(value) for name, value in of.items()}}
+        # One entry: safetensors writes several in an order of chance, and the same states should be the same bytes.
+        metadata = {_OF: json.dumps({"store": self._key, **of})}
         save_tensors(self.path / SHARDS.format(number), tensors, metadata)
 
     def finish(self) -> None:
@@ -134,14 +136,19 @@ def shard_entry(path: Path, key: str) -> dict[str, Any] | None:
     """What the manifest says of a shard; None where the file is not of the store with this key, or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get(_OF) != key:
+            of = json.loads((file.metadata() or {}).get(_OF, "{}"))
+            if of.get("store") != key:
                 return None
             tokens = file.get_slice("hidden_states").get_shape()[0]
     except SafetensorError:
         return None
-    texts = {name: int(metadata[name]) for name in ("first_text", "end_text")}
-    return {"file": path.name, **texts, "tokens": tokens, "full_texts": int(metadata["full_texts"])}
+    return {
+        "file": path.name,
+        "first_text": of["first_text"],
+        "end_text": of["end_text"],
+        "tokens": tokens,
+        "full_texts": of["full_texts"],
+    }
 
 
 def _check_same(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:

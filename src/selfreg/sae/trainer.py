@@ -290,9 +290,14 @@ class SAETrainer(PartsTrainer):
         """Up to 65,536 states, their mean, and the scale that gives them a mean squared norm of hidden_size."""
         sae = self.accelerator.unwrap_model(self.model)
         states = sample_of(self.train_dataset, _NORMALIZATION_STATES)  # type: ignore[arg-type]
-        sample = standardize(states.double(), sae.config.input_norm).states
-        mean = sample.mean(dim=0)
-        scale = (sample - mean).pow(2).mean().sqrt()
+        # A chunk at a time: in float64 all at once, these would be the most memory that training ever takes.
+        mean, squares = states.new_zeros(states.shape[1], dtype=torch.float64), 0.0
+        for chunk in states.split(_CHUNK):
+            mean += standardize(chunk.double(), sae.config.input_norm).states.sum(dim=0) / len(states)
+        for chunk in states.split(_CHUNK):
+            centred = standardize(chunk.double(), sae.config.input_norm).states - mean
+            squares += float(centred.pow(2).sum())
+        scale = torch.tensor(squares / states.numel(), dtype=torch.float64).sqrt()
         return states, mean.to(sae.mean), scale.to(sae.scale)
 
     def _adopt(self) -> None:

@@ -4,16 +4,26 @@
 
 Peak resident memory of this process over three steps, sampled every millisecond, less what it had between steps
 (weights and moments) and less the gradients. All pre-activations of a batch would be batch · features · 4 bytes.
+
+    python benchmarks/sae_memory.py --store 100000 --features 1024
+
+Peak resident memory (ru_maxrss) of a process that trains an SAE for an epoch from a store of so many tokens, and from
+one of ten times as many.
 """
 
 import argparse
+import resource
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import torch
 
-from sae_step import selfreg_step
+from sae_step import selfreg_step, write_store
+from selfreg import ActivationStore, SAEConfig, SAEForFeatureExtraction, SAETrainer, SAETrainingArguments
 
 MEBIBYTE = 2**20
 
@@ -24,7 +34,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--store", type=int, help="tokens of the smaller store")
+    parser.add_argument("--train-from", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.train_from:
+        train(options)
+        return
+    if options.store:
+        compare_stores(options)
+        return
     step, _ = selfreg_step(options.width, options.features, options.k)
     x = torch.randn(options.batch, options.width)
     # Adam makes its moments at the first.
@@ -40,6 +58,28 @@ def main() -> None:
     print(f"gradients             {gradients:6.0f} MiB")
     print(f"all else at the peak  {peak.value - before - gradients:6.0f} MiB over what stays between steps")
     print(f"(all pre-activations of a batch would be {options.batch * options.features * 4 / MEBIBYTE:.0f} MiB)")
+
+
+def compare_stores(options: argparse.Namespace) -> None:
+    peaks = []
+    for tokens in (options.store, 10 * options.store):
+        with tempfile.TemporaryDirectory() as folder:
+            write_store(Path(folder), torch.randn(tokens, options.width), 16_384)
+            given = [f"--{name}={getattr(options, name)}" for name in ("features", "width", "k", "batch")]
+            command = [sys.executable, __file__, *given, "--train-from", folder]
+            peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
+        print(f"{tokens:>12,} tokens, {tokens * options.width * 4 / MEBIBYTE:6.0f} MiB on disk: {peaks[-1]:.0f} MiB")
+    print(f"ten times the tokens: {peaks[1] / peaks[0]:.3f} of the memory")
+
+
+def train(options: argparse.Namespace) -> None:
+    sae = SAEForFeatureExtraction(SAEConfig(hidden_size=options.width, num_features=options.features, k=options.k))
+    with tempfile.TemporaryDirectory() as folder:
+        args = SAETrainingArguments(
+            folder, num_train_epochs=1, per_device_train_batch_size=options.batch, save_strategy="no", report_to="none"
+        )
+        SAETrainer(sae, args, train_dataset=ActivationStore(options.train_from)).train()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def resident() -> float:

@@ -35,7 +35,8 @@ from transformers.trainer_callback import PrinterCallback
 from sae_peers import PEERS, Step
 from selfreg import ActivationStore, SAEConfig, SAEForFeatureExtraction, SAETrainer, SAETrainingArguments
 from selfreg.activations.spec import HiddenStateSpec
-from selfreg.activations.store import StoreShard, StoreWriter
+from selfreg.activations.store import StoreShard
+from selfreg.activations.writer import StoreWriter
 
 
 def states(count: int, width: int, seed: int = 0) -> Tensor:
@@ -142,14 +143,18 @@ def trainer_seconds(width: int, features: int, k: int, batch: int, steps: int, s
     return (clock.ends[-1] - clock.ends[2]) / (len(clock.ends) - 3)
 
 
-def write_store(folder: Path, x: Tensor) -> ActivationStore:
-    """A store of `x` as the extractor would have written it."""
+def write_store(folder: Path, x: Tensor, shard_tokens: int | None = None) -> ActivationStore:
+    """A store of `x` as the extractor would have written it, each state a text."""
     spec = HiddenStateSpec("benchmark", None, None, 0, x.shape[1], "text", None, 1)
+    size = shard_tokens or len(x)
     writer = StoreWriter(
-        folder, spec, text_fingerprint="", num_texts=len(x), dtype=x.dtype, pooling="mean", shard_tokens=len(x)
+        folder, spec, text_fingerprint="", num_texts=len(x), dtype=x.dtype, pooling="mean", shard_tokens=size
     )
-    ids = torch.arange(len(x))
-    writer.write(StoreShard(0, len(x), x, ids, torch.zeros_like(ids), torch.zeros_like(ids)))
+    for number, states in enumerate(x.split(size)):
+        ids = torch.arange(len(states)) + number * size
+        nothing = torch.zeros_like(ids)
+        writer.write(number, StoreShard(number * size, number * size + len(ids), states, ids, nothing, nothing))
+    writer.finish()
     return ActivationStore(folder)
 
 

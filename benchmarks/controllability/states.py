@@ -32,7 +32,8 @@ from selfreg import (
     UnintendedFeatures,
 )
 from selfreg.activations.conversation import CHAT, render_pair
-from selfreg.activations.store import StoreShard, StoreWriter, save_tensors
+from selfreg.activations.store import StoreShard, save_tensors
+from selfreg.activations.writer import StoreWriter
 from selfreg.classifier.penalty import feature_activations
 from selfreg.demo.recipe import demo_backbone
 from selfreg.features.activations import largest_activations
@@ -286,7 +287,7 @@ def copy_store(source: ActivationStore, rows: Sequence[int], folder: Path, promp
     wanted = torch.tensor(rows)
     if not bool((wanted[1:] > wanted[:-1]).all()):
         raise ValueError("rows of a store are copied in their order: sort the training pool")
-    done = 0
+    done = shards = 0
     for shard in source.shards():
         own = wanted[(wanted >= shard.first_text) & (wanted < shard.end_text)]
         if not len(own):
@@ -294,6 +295,7 @@ def copy_store(source: ActivationStore, rows: Sequence[int], folder: Path, promp
         keep = torch.isin(shard.text_ids.long(), own)
         number = torch.searchsorted(wanted, shard.text_ids[keep].long())
         writer.write(
+            shards,
             StoreShard(
                 first_text=done,
                 end_text=done + len(own),
@@ -301,9 +303,10 @@ def copy_store(source: ActivationStore, rows: Sequence[int], folder: Path, promp
                 text_ids=number.int(),
                 positions=shard.positions[keep],
                 token_ids=shard.token_ids[keep],
-            )
+            ),
         )
-        done += len(own)
+        done, shards = done + len(own), shards + 1
+    writer.finish()
 
 
 def scrubbed_texts(pool: Pool, scrub: Any) -> list[str]:

@@ -9,6 +9,7 @@ __version__ = "0.1.0.dev0"
 _LOCATIONS = {
     "HiddenStateExtractor": "selfreg.activations.extractor",
     "ActivationStore": "selfreg.activations.store",
+    "StreamingActivations": "selfreg.activations.streaming",
     "SAEConfig": "selfreg.sae.configuration",
     "SAEForFeatureExtraction": "selfreg.sae.modeling",
     "SAETrainer": "selfreg.sae.trainer",
@@ -34,6 +35,7 @@ __all__ = ["__version__", *_LOCATIONS]
 if TYPE_CHECKING:
     from selfreg.activations.extractor import HiddenStateExtractor as HiddenStateExtractor
     from selfreg.activations.store import ActivationStore as ActivationStore
+    from selfreg.activations.streaming import StreamingActivations as StreamingActivations
     from selfreg.classifier.arguments import RegularizationArguments as RegularizationArguments
     from selfreg.classifier.configuration import (
         RegularizedSequenceClassifierConfig as RegularizedSequenceClassifierConfig,

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_backbone, word_tokenizer
 from selfreg import ActivationStore, HiddenStateExtractor
 from selfreg.activations import store as store_module
-from selfreg.activations.store import StoreWriter
+from selfreg.activations.writer import StoreWriter
 
 
 def test_store_holds_every_text_token_once(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
@@ -65,12 +65,12 @@ def test_cut_short_extraction_goes_on(
     write = StoreWriter.write
     calls = 0
 
-    def write_twice(self: StoreWriter, shard: object) -> None:
+    def write_twice(self: StoreWriter, number: int, shard: object) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        write(self, shard)  # type: ignore[arg-type]
+        write(self, number, shard)  # type: ignore[arg-type]
 
     monkeypatch.setattr(StoreWriter, "write", write_twice)
     with pytest.raises(KeyboardInterrupt):
@@ -112,7 +112,7 @@ def test_bad_text_is_named_before_anything_is_written(
     assert not (tmp_path / "s").exists()
 
 
-def _full_disk(tensors: object, path: Path) -> None:
+def _full_disk(tensors: object, path: Path, metadata: object) -> None:
     Path(path).write_bytes(b"half")
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -123,17 +123,17 @@ def test_full_disk_leaves_a_store_that_goes_on(
     save: Callable[..., None] = store_module.save_file
     calls = 0
 
-    def second_fails(tensors: object, path: Path) -> None:
+    def second_fails(tensors: object, path: Path, metadata: object) -> None:
         nonlocal calls
         calls += 1
-        (_full_disk if calls == 2 else save)(tensors, path)
+        (_full_disk if calls == 2 else save)(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(store_module, "save_file", second_fails)
     with pytest.raises(OSError, match="could not write .*shard-00001.*No space left") as error:
         extractor.extract(texts, tmp_path / "s", shard_tokens=100)
     assert error.value.errno == errno.ENOSPC
     assert sorted(file.name for file in (tmp_path / "s").iterdir()) == ["manifest.json", "shard-00000.safetensors"]
-    assert len(json.loads((tmp_path / "s" / "manifest.json").read_text())["shards"]) == 1
+    assert not json.loads((tmp_path / "s" / "manifest.json").read_text())["complete"]
     monkeypatch.setattr(store_module, "save_file", save)
     assert extractor.extract(texts, tmp_path / "s", shard_tokens=100).num_texts == len(texts)
 

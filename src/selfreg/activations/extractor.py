@@ -22,6 +22,7 @@ from selfreg.activations.backbone import (
     tell_moved,
     with_revision_there,
 )
+from selfreg.activations.dealing import own_shards
 from selfreg.activations.prompt import (
     REFERENCE_TEXT,
     Pooling,
@@ -34,9 +35,11 @@ from selfreg.activations.prompt import (
     select_tokens,
 )
 from selfreg.activations.spec import HiddenStateSpec
-from selfreg.activations.store import ActivationStore, StoreShard, StoreWriter
+from selfreg.activations.store import ActivationStore, StoreShard
+from selfreg.activations.writer import StoreWriter
 from selfreg.utils.devices import default_device
 from selfreg.utils.files import fingerprint_strings
+from selfreg.utils.processes import is_main_process
 from selfreg.utils.progress import Advance, progress
 
 logger = logging.getLogger(__name__)
@@ -234,8 +237,12 @@ class HiddenStateExtractor:
     ) -> ActivationStore:
         """Writes the hidden states of every token that counts to a folder, shard by shard.
 
-        Called again after it was cut short, it goes on behind the last whole shard; called on a finished store of the
-        same texts and settings, it only opens it.
+        Called again after it was cut short, it goes on with the shards that are missing; called on a finished store of
+        the same texts and settings, it only opens it.
+
+        Under `accelerate launch` or `torchrun` every process has to call it, with the same texts and a folder that all
+        share. Each then writes some of the shards, and all get the store, which is the one that a single process would
+        have written: give `shard_tokens` so that there are several shards for each.
 
         Args:
             texts: the texts; none empty.
@@ -245,7 +252,7 @@ class HiddenStateExtractor:
             overwrite: replace a store of other texts or settings.
 
         Raises:
-            ValueError: an empty text, or a folder that holds another store.
+            ValueError: an empty text, a folder that holds another store, or processes that do not agree.
             OSError: the disk is full; what was written before stays whole, and the next call goes on from there.
         """
         check_texts(texts)
@@ -261,11 +268,12 @@ class HiddenStateExtractor:
             overwrite=overwrite,
         )
         if not writer.complete:
-            with progress(description, len(texts), "texts", done=writer.next_text) as advance:
-                for shard in self.iterate(texts, shard_tokens=shard_tokens, start=writer.next_text, advance=advance):
-                    writer.write(shard)
+            there = writer.held_end
+            for number, shard in own_shards(self, texts, description, shard_tokens=shard_tokens, held_end=there):
+                writer.write(number, shard)
+            writer.finish()
         store = ActivationStore(path)
-        if store.num_full:
+        if store.num_full and is_main_process():
             self._tell_cut(store.num_full, store.num_texts)
         return store
 
@@ -285,18 +293,23 @@ class HiddenStateExtractor:
         """
         first = start
         while first < len(texts):
-            prompts: list[Prompt] = []
-            tokens = 0
-            while tokens < shard_tokens and first + len(prompts) < len(texts):
-                begin = first + len(prompts)
-                more = self.tokenize(texts[begin : begin + 64])
-                for prompt in more:
-                    prompts.append(prompt)
-                    tokens += len(prompt[0])
-                    if tokens >= shard_tokens:
-                        break
-            yield self._shard(prompts, first, advance)
+            prompts = self.prompts_of_shard(texts, first, shard_tokens)
+            yield self.shard_of(prompts, first, advance)
             first += len(prompts)
+
+    def prompts_of_shard(self, texts: Sequence[str], first: int, shard_tokens: int) -> list[Prompt]:
+        """The prompts of the shard that begins with text `first`: as many as come to `shard_tokens` tokens."""
+        prompts: list[Prompt] = []
+        tokens = 0
+        while tokens < shard_tokens and first + len(prompts) < len(texts):
+            begin = first + len(prompts)
+            more = self.tokenize(texts[begin : begin + 64])
+            for prompt in more:
+                prompts.append(prompt)
+                tokens += len(prompt[0])
+                if tokens >= shard_tokens:
+                    break
+        return prompts
 
     def pool(self, texts: Sequence[str]) -> Tensor:
         """One state a text, `[len(texts), hidden_size]`, float32, on the CPU."""
@@ -324,7 +337,8 @@ class HiddenStateExtractor:
             on_device = PromptBatch(*(tensor.to(self.device) for tensor in batch))
             yield torch.tensor(rows), on_device, self._hidden_states(on_device)
 
-    def _shard(self, prompts: list[Prompt], first_text: int, advance: Advance | None) -> StoreShard:
+    def shard_of(self, prompts: list[Prompt], first_text: int, advance: Advance | None = None) -> StoreShard:
+        """Runs the prompts of a shard, whose first is that of text `first_text`, in batches of like length."""
         states: list[Tensor | None] = [None] * len(prompts)
         positions: list[Tensor | None] = [None] * len(prompts)
         cls_states: list[Tensor | None] = [None] * len(prompts)

@@ -1,14 +1,16 @@
-"""ActivationStore: the hidden states of every token of a set of texts, on disk, memory-mapped, resumable.
+"""ActivationStore: the hidden states of every token of a set of texts, on disk, resumable.
 
 A folder of `manifest.json` and `shard-00000.safetensors`, ... A shard holds whole texts, in order:
     hidden_states [tokens, hidden_size], text_ids [tokens], positions [tokens] (in the prompt), token_ids [tokens],
     and for pooling="cls" also cls_states [texts, hidden_size].
-The manifest lists a shard only once it is on disk, so that a killed extraction goes on after the last one.
+The manifest lists the shards once all are on disk, in the order of the texts, whichever process wrote them; until
+then each says itself what it holds (see `writer`), so that a killed extraction goes on with what is missing.
 """
 
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -20,10 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfreg.activations.prompt import Pooling, check_choice
+from selfreg.activations.rows import RowReader
 from selfreg.activations.spec import HiddenStateSpec
-from selfreg.utils.files import atomic_path, current_umask, read_json, remove_partial, write_json
+from selfreg.utils.files import atomic_path, current_umask, read_json
 
 MANIFEST = "manifest.json"
+SHARDS = "shard-{:05d}.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -32,7 +36,7 @@ class StoreShard(NamedTuple):
 
     Attributes:
         first_text (`int`), end_text (`int`): the texts are `first_text .. end_text - 1`.
-        hidden_states (`[tokens, hidden_size]`): memory-mapped.
+        hidden_states (`[tokens, hidden_size]`).
         text_ids, positions, token_ids (`[tokens]`, int32).
         cls_states (`[texts, hidden_size]`, *optional*).
         full_texts (`int`): texts that fill the length of a prompt, and may have lost their end.
@@ -92,17 +96,17 @@ class ActivationStore:
                 f"{FORMAT_VERSION}: upgrade selfreg"
             )
         if not self.manifest["complete"]:
-            done = self.manifest["shards"][-1]["end_text"] if self.manifest["shards"] else 0
+            done = len(list(self.path.glob(SHARDS.replace("{:05d}", "*"))))
             raise ValueError(
-                f"the store in {self.path} is not whole: {done} of {self.manifest['num_texts']} texts are there; call "
-                "extract() with the same texts again to go on"
+                f"the store in {self.path} is not whole: {done} shards of {self.manifest['num_texts']} texts are "
+                "there; call extract() with the same texts again to go on"
             )
         self.spec = HiddenStateSpec.from_dict(self.manifest["spec"])
         self.text_fingerprint: str = self.manifest["text_fingerprint"]
         self.num_texts: int = self.manifest["num_texts"]
         self.num_full: int = sum(shard.get("full_texts", 0) for shard in self.manifest["shards"])
         self._offsets = np.cumsum([0, *(shard["tokens"] for shard in self.manifest["shards"])])
-        self._states: dict[int, Tensor] = {}
+        self._rows = RowReader("hidden_states")
 
     @property
     def hidden_size(self) -> int:
@@ -133,13 +137,16 @@ class ActivationStore:
         Raises:
             ValueError: a state holds a value that is not finite; names the shard and the row.
         """
-        wanted = np.asarray(indices)
-        shard_of = np.searchsorted(self._offsets, wanted, side="right") - 1
+        wanted = np.asarray(indices, dtype=np.int64)
+        order = np.argsort(wanted, kind="stable")
+        rising = wanted[order]
         out = torch.empty(len(wanted), self.hidden_size)
-        for shard in np.unique(shard_of):
-            rows = np.nonzero(shard_of == shard)[0]
-            local = torch.from_numpy(wanted[rows] - self._offsets[shard])
-            out[torch.from_numpy(rows)] = self._hidden_states(int(shard))[local].float()
+        # Where each shard's rows begin among them.
+        borders = np.searchsorted(rising, self._offsets)
+        for shard in np.flatnonzero(np.diff(borders)).tolist():
+            part = slice(borders[shard], borders[shard + 1])
+            states = self._rows.read(self._shard_path(shard), rising[part] - self._offsets[shard])
+            out[torch.from_numpy(order[part])] = states.float()
         # The sum of all is not finite where one is not, and costs a tenth of looking at each.
         if not torch.isfinite(out.sum()):
             self._name_broken_state(wanted, out)
@@ -159,10 +166,11 @@ class ActivationStore:
             "and extract the store again with overwrite=True"
         )
 
-    def shards(self) -> Iterator[StoreShard]:
-        """The shards in order, one in memory at a time."""
-        for entry in self.manifest["shards"]:
-            with self._open(entry["file"]) as file:
+    def shards(self, part: slice = slice(None)) -> Iterator[StoreShard]:
+        """The shards in order, one in memory at a time; with `part`, only these of them."""
+        for shard in range(len(self.manifest["shards"]))[part]:
+            entry = self.manifest["shards"][shard]
+            with self._open(shard) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             yield StoreShard(entry["first_text"], entry["end_text"], **tensors)
 
@@ -178,16 +186,23 @@ class ActivationStore:
             out[shard.first_text : shard.end_text] = pool_shard(shard, shard.hidden_states.float(), pooling)
         return out
 
-    def _hidden_states(self, shard: int) -> Tensor:
-        if shard not in self._states:
-            with self._open(self.manifest["shards"][shard]["file"]) as file:
-                self._states[shard] = file.get_tensor("hidden_states")
-        return self._states[shard]
+    def shard_rows(self) -> list[range]:
+        """Which rows lie in which shard."""
+        return [range(int(first), int(end)) for first, end in pairwise(self._offsets)]
 
-    def _open(self, name: str) -> Any:
+    def expect(self, shard: int) -> None:
+        """Says that the rows of a shard are about to be gathered: the system then reads it from the disk in one go."""
+        self._rows.expect(self._shard_path(shard))
+
+    def _shard_path(self, shard: int) -> Path:
+        name = self.manifest["shards"][shard]["file"]
         path = self.path / name
         if not path.exists():
             raise FileNotFoundError(f"the store in {self.path} has lost {name}: extract it again with overwrite=True")
+        return path
+
+    def _open(self, shard: int) -> Any:
+        path = self._shard_path(shard)
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -212,104 +227,13 @@ def pool_shard(shard: StoreShard, hidden_states: Tensor, pooling: Pooling) -> Te
     return sums / counts.unsqueeze(1)
 
 
-class StoreWriter:
-    """Writes a store shard by shard, and goes on where an earlier writer was cut short.
-
-    Raises:
-        ValueError: the folder holds a store of other texts, another backbone or other settings.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        spec: HiddenStateSpec,
-        *,
-        text_fingerprint: str,
-        num_texts: int,
-        dtype: torch.dtype,
-        pooling: Pooling,
-        shard_tokens: int,
-        overwrite: bool = False,
-    ) -> None:
-        self.path = Path(path)
-        self.dtype = dtype
-        wanted: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "spec": spec.to_dict(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "text_fingerprint": text_fingerprint,
-            "num_texts": num_texts,
-            "with_cls_states": pooling == "cls",
-            "shard_tokens": shard_tokens,
-        }
-        manifest = self.path / MANIFEST
-        remove_partial(self.path)
-        if manifest.exists() and not overwrite:
-            self.manifest: dict[str, Any] = read_json(manifest)
-            for key, value in wanted.items():
-                if self.manifest[key] != value:
-                    raise ValueError(
-                        f"the folder {self.path} already holds a store with other {_describe(key)} "
-                        f"({_difference(self.manifest[key], value)}): choose another folder, or overwrite=True"
-                    )
-        else:
-            self.manifest = {**wanted, "shape": [0, spec.hidden_size], "shards": [], "complete": False}
-            write_json(manifest, self.manifest)
-
-    @property
-    def next_text(self) -> int:
-        """The first text that is not on disk yet."""
-        shards = self.manifest["shards"]
-        return shards[-1]["end_text"] if shards else 0
-
-    @property
-    def complete(self) -> bool:
-        return self.manifest["complete"]
-
-    def write(self, shard: StoreShard) -> None:
-        """Appends a shard and lists it in the manifest."""
-        name = f"shard-{len(self.manifest['shards']):05d}.safetensors"
-        tensors = {
-            "hidden_states": shard.hidden_states.to(self.dtype).contiguous(),
-            "text_ids": shard.text_ids.int(),
-            "positions": shard.positions.int(),
-            "token_ids": shard.token_ids.int(),
-        }
-        if shard.cls_states is not None:
-            tensors["cls_states"] = shard.cls_states.to(self.dtype).contiguous()
-        save_tensors(self.path / name, tensors)
-        tokens = len(shard.text_ids)
-        self.manifest["shards"].append(
-            {
-                "file": name,
-                "first_text": shard.first_text,
-                "end_text": shard.end_text,
-                "tokens": tokens,
-                "full_texts": shard.full_texts,
-            }
-        )
-        self.manifest["shape"][0] += tokens
-        self.manifest["complete"] = shard.end_text == self.manifest["num_texts"]
-        write_json(self.path / MANIFEST, self.manifest)
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """`save_file`, atomic, with a full disk told as the OSError that it is."""
     with atomic_path(path) as temporary:
         try:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
             code = errno.ENOSPC if "StorageFull" in str(error) or "No space" in str(error) else errno.EIO
             raise OSError(code, str(error)) from error
         # safetensors makes files private to the user; a store is shared like any other new file.
         temporary.chmod(0o666 & ~current_umask())
-
-
-def _describe(key: str) -> str:
-    return {"spec": "backbone or settings", "text_fingerprint": "texts", "num_texts": "texts"}.get(key, key)
-
-
-def _difference(old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return "; ".join(f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in new if old.get(key) != new[key])
-    return f"{old!r} there, {new!r} now"

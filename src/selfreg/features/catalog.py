@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub import CommitInfo
 
+from selfreg.activations.dealing import own_shards
 from selfreg.activations.extractor import HiddenStateExtractor, check_texts
 from selfreg.activations.spec import HiddenStateSpec
 from selfreg.activations.store import ActivationStore
@@ -34,6 +35,7 @@ from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.files import atomic_path, fingerprint_json, fingerprint_strings, read_json, write_json
 from selfreg.utils.hub import local_folder, push
+from selfreg.utils.processes import processes
 from selfreg.utils.progress import progress
 
 TABLE_NAME = "features.parquet"
@@ -102,6 +104,9 @@ class FeatureCatalog:
     ) -> "FeatureCatalog":
         """One streaming pass over texts; never more than a few peaks a feature are held.
 
+        Under `accelerate launch` or `torchrun` every process has to call it, with the same texts. Each then goes over
+        some of the shards, and all get the catalogue that one process would have built.
+
         Args:
             sae: the SAE.
             extractor: of the backbone and layer that the SAE was trained on.
@@ -137,11 +142,16 @@ class FeatureCatalog:
         evidence = Evidence(
             sae.config.num_features, is_first, top_k=top_k, mean_tokens=mean_tokens, labels=labels, groups=groups
         )
-        shards = store.shards() if store is not None else extractor.iterate(texts)
-        with progress("catalogue", len(texts), "texts") as advance:
-            for shard in shards:
+        if store is None:
+            for _, shard in own_shards(extractor, texts, "catalogue"):
                 evidence.update(sae, shard)
-                advance(shard.end_text - shard.first_text)
+        else:
+            state = processes()
+            own = slice(state.process_index, None, state.num_processes)
+            with progress("catalogue", len(texts) // state.num_processes, "texts") as advance:
+                for shard in store.shards(own):
+                    evidence.update(sae, shard)
+                    advance(shard.end_text - shard.first_text)
         evidence.finish()
         records = build_records(evidence, sae.decoder_directions.detach(), extractor, texts)
         info = {

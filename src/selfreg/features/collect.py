@@ -16,6 +16,7 @@ from torch import Tensor
 from selfreg.activations.store import StoreShard
 from selfreg.features.activations import EncodedChunk, encoded_chunks
 from selfreg.sae.modeling import SAEForFeatureExtraction
+from selfreg.utils.processes import gather_all, processes
 
 NUM_QUANTILES = 4
 PER_QUANTILE = 5
@@ -26,6 +27,9 @@ _OCCURRENCES = 256
 _MOST_NAMES = 200
 # Candidates that wait before they are sorted into the lists: sorting few at a time costs more than it saves.
 _WAITING = 1 << 17
+# Sums are kept in whole parts of this size, so that they are the same in whatever order they are taken. To 6e-8, and
+# up to 5e11.
+_PART = 2.0**-24
 
 
 class Peaks:
@@ -54,6 +58,19 @@ class Peaks:
         self._num_waiting += len(kept[0])
         if self._num_waiting > _WAITING:
             self.settle()
+
+    def merge(self, others: Sequence["Peaks"]) -> None:
+        """Takes in what others found in other texts. Nothing may wait any more."""
+        lists = [self, *others]
+        texts = torch.cat([peaks.texts for peaks in lists], dim=1)
+        # Among equals the earlier text first, as one pass over all texts has it.
+        by_text = torch.argsort(texts, dim=1, stable=True)
+        ranks = torch.cat([peaks.ranks for peaks in lists], dim=1).gather(1, by_text)
+        order = torch.argsort(ranks, dim=1, descending=True, stable=True)[:, : self.ranks.shape[1]]
+        order = by_text.gather(1, order)
+        for name in ("ranks", "texts", "positions", "tokens", "values"):
+            columns = torch.cat([getattr(peaks, name) for peaks in lists], dim=1)
+            setattr(self, name, columns.gather(1, order))
 
     def settle(self) -> None:
         """Sorts what waits into the lists."""
@@ -86,13 +103,14 @@ class TextSample:
     """
 
     def __init__(self, priorities: NDArray[np.int64], count: int, num_features: int) -> None:
-        self._count, self._priorities = count, priorities
+        self._priorities = priorities
+        self._count = count
         self._active: list[NDArray[np.uint8]] = []
         self._texts: list[NDArray[np.int64]] = []
         self._tokens: list[NDArray[np.int64]] = []
         self._positions: list[NDArray[np.int64]] = []
+        self._firsts: list[int] = []
         self._num_features = num_features
-        self._num_texts = 0
 
     def add(self, chunk: EncodedChunk, shard: StoreShard, active_TF: Tensor, counts: Tensor) -> None:
         """Keeps the sampled texts of a chunk; `counts [T]` is 0 for texts that don't count."""
@@ -100,19 +118,40 @@ class TextSample:
         chosen = (priorities < self._count) & (counts.numpy() > 0)
         if not chosen.any():
             return
+        self._firsts.append(chunk.first_text)
         self._active.append(np.packbits(active_TF.numpy()[chosen], axis=1))
         number = np.full(len(chosen), -1)
-        number[chosen] = np.arange(chosen.sum()) + self._num_texts
+        number[chosen] = np.arange(chosen.sum())
         texts = number[chunk.texts_N.numpy()]
         rows = texts >= 0
         self._texts.append(np.stack([texts[rows], chunk.texts_N.numpy()[rows] + chunk.first_text]))
         self._tokens.append(shard.token_ids[chunk.rows].numpy()[rows].astype(np.int64))
         self._positions.append(shard.positions[chunk.rows].numpy()[rows].astype(np.int64))
-        self._num_texts += int(chosen.sum())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Other processes have the priorities.
+        return {name: value for name, value in self.__dict__.items() if name != "_priorities"}
+
+    def merge(self, others: Sequence["TextSample"]) -> None:
+        """Takes in what others sampled of other texts, before `finish`."""
+        for other in others:
+            self._firsts += other._firsts
+            self._active += other._active
+            self._texts += other._texts
+            self._tokens += other._tokens
+            self._positions += other._positions
+        # As one pass over all texts meets them.
+        order = np.argsort(self._firsts, kind="stable")
+        for pieces in (self._firsts, self._active, self._texts, self._tokens, self._positions):
+            pieces[:] = [pieces[place] for place in order]
 
     def finish(self) -> None:
-        """Sorts the tokens, so that those of a kind are found at once."""
+        """Numbers the texts, and sorts the tokens, so that those of a kind are found at once."""
         empty = np.zeros(0, dtype=np.int64)
+        self._num_texts = 0
+        for texts, active in zip(self._texts, self._active, strict=True):
+            texts[0] += self._num_texts
+            self._num_texts += len(active)
         packed = np.concatenate(self._active) if self._active else np.zeros((0, 0), dtype=np.uint8)
         # Read a feature at a time from here on.
         self.active = np.ascontiguousarray(packed.T)
@@ -205,7 +244,9 @@ class Shares:
             )
         index = {name: i for i, name in enumerate(names)}
         codes = torch.tensor([-1 if value is None else index[str(value)] for value in values])
-        return cls(names, codes, torch.zeros(len(names), num_features), torch.zeros(len(names)))
+        # float64: float32 counts no further than 16 million.
+        counts = torch.zeros(len(names), num_features, dtype=torch.float64)
+        return cls(names, codes, counts, torch.zeros(len(names), dtype=torch.float64))
 
     def update(self, first_text: int, active_TF: Tensor, counted_T: Tensor) -> None:
         codes = self.codes[first_text : first_text + len(active_TF)]
@@ -213,9 +254,19 @@ class Shares:
         self.active_GF += member_GT.float() @ active_TF.float()
         self.totals_G += member_GT.sum(dim=1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Other processes have the codes.
+        return {name: value for name, value in self.__dict__.items() if name != "codes"}
+
+    def merge(self, others: Sequence["Shares"]) -> None:
+        """Takes in what others counted in other texts."""
+        for other in others:
+            self.active_GF += other.active_GF
+            self.totals_G += other.totals_G
+
     def table(self) -> NDArray[np.float64]:
         """`[F, G]`, 0 where a label has no text that counts."""
-        shares = self.active_GF.double() / self.totals_G.double().clamp_min(1).unsqueeze(1)
+        shares = self.active_GF / self.totals_G.clamp_min(1).unsqueeze(1)
         return shares.T.contiguous().numpy()
 
 
@@ -242,7 +293,7 @@ class Evidence:
     ) -> None:
         self.num_features, self.is_first = num_features, is_first
         self.counts_F = torch.zeros(num_features, dtype=torch.long)
-        self.sums_F = torch.zeros(num_features, dtype=torch.float64)
+        self._parts_F = torch.zeros(num_features, dtype=torch.long)
         self.texts_F = torch.zeros(num_features, dtype=torch.long)
         self.num_tokens = 0
         self.top = Peaks(num_features, top_k)
@@ -264,7 +315,8 @@ class Evidence:
         active = values > 0
         flat = chunk.indices_NK.flatten()[active]
         self.counts_F += torch.bincount(flat, minlength=self.num_features)
-        self.sums_F += torch.bincount(flat, values[active].double(), minlength=self.num_features)
+        sums = torch.bincount(flat, values[active].double(), minlength=self.num_features)
+        self._parts_F += (sums / _PART).round().long()
         self.num_tokens += len(chunk.texts_N)
         maxima_TF = chunk.maxima()
         counted_T = self.is_first[chunk.first_text : chunk.first_text + chunk.num_texts]
@@ -290,8 +342,36 @@ class Evidence:
             positions, tokens = shard.positions[row].long(), shard.token_ids[row].long()
             peaks.offer(features[keep], ranks[keep], texts[keep], positions, tokens, maxima[keep])
 
+    @property
+    def sums_F(self) -> Tensor:
+        """Of the activations of each feature, `[F]`, float64."""
+        return self._parts_F.double() * _PART
+
     def finish(self) -> None:
-        """After the last shard."""
+        """After the last shard, in every process: all then have what one pass over all texts would have found."""
         self.top.settle()
         self.drawn.settle()
+        own = processes().process_index
+        gathered: list[Evidence] = gather_all(self)
+        others = [evidence for number, evidence in enumerate(gathered) if number != own]
+        if others:
+            self._merge(others)
         self.sample.finish()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Other processes have what comes from the texts alone.
+        return {name: value for name, value in self.__dict__.items() if name not in ("is_first", "_priorities")}
+
+    def _merge(self, others: Sequence["Evidence"]) -> None:
+        for other in others:
+            self.counts_F += other.counts_F
+            self._parts_F += other._parts_F
+            self.texts_F += other.texts_F
+            self.num_tokens += other.num_tokens
+        self.top.merge([other.top for other in others])
+        self.drawn.merge([other.drawn for other in others])
+        self.sample.merge([other.sample for other in others])
+        for name in ("labels", "groups"):
+            shares: Shares | None = getattr(self, name)
+            if shares is not None:
+                shares.merge([getattr(other, name) for other in others])

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from selfreg.activations.store import ActivationStore, StatesBatch
+from selfreg.activations.streaming import StreamingActivations
 from selfreg.sae.configuration import SAEConfig
+from selfreg.utils.processes import gather_over, largest_over, one_batch, together
 
 
 class StatesDataset(Protocol):
@@ -47,9 +49,9 @@ def collate_states(rows: Sequence[Any]) -> dict[str, Tensor]:
     return {"hidden_states": torch.stack([torch.as_tensor(row["hidden_states"]) for row in rows])}
 
 
-def iterate_states(dataset: StatesDataset, chunk: int = 8192) -> Iterator[Tensor]:
-    """All states in order, `chunk` at a time."""
-    for start in range(0, len(dataset), chunk):
+def iterate_states(dataset: StatesDataset, chunk: int = 8192, part: slice = slice(None)) -> Iterator[Tensor]:
+    """All states in order, `chunk` at a time; with `part`, only these of the chunks."""
+    for start in range(0, len(dataset), chunk)[part]:
         yield gather_states(dataset, range(start, min(start + chunk, len(dataset))))
 
 
@@ -61,18 +63,40 @@ def sample_states(dataset: StatesDataset, size: int) -> Tensor:
     return gather_states(dataset, rows.tolist())
 
 
+def sample_of(dataset: "StatesDataset | StreamingActivations", size: int) -> Tensor:
+    """Up to `size` states that stand for all, the same in every process; of a stream, those of the first buffers."""
+    if not isinstance(dataset, StreamingActivations):
+        return sample_states(dataset, size)
+    states = dataset.current_states()
+    with one_batch():
+        # As many from each process.
+        count = min(size // together(), -int(largest_over(torch.tensor(-len(states)))))
+        if count < 1:
+            raise ValueError("the stream gives no hidden state: there are no texts with content")
+        return gather_over(states[torch.arange(count) * (len(states) - 1) // max(count - 1, 1)])
+
+
 def states_width(dataset: StatesDataset) -> int:
     return gather_states(dataset, [0]).shape[-1]
 
 
-def check_states(config: SAEConfig, dataset: StatesDataset) -> None:
+def check_states(config: SAEConfig, dataset: "StatesDataset | StreamingActivations") -> None:
     """Raises ValueError where an SAE can't take the states of a dataset."""
+    if isinstance(dataset, StreamingActivations):
+        spec = config.hidden_state_spec()
+        if spec is not None:
+            spec.check_features_fit(dataset.spec, "the SAE", "the stream")
+        _check_width(config, dataset.spec.hidden_size)
+        return
     if len(dataset) == 0:
         raise ValueError("the dataset of hidden states is empty")
     if isinstance(dataset, ActivationStore):
         spec = config.hidden_state_spec()
         if spec is not None:
             spec.check_features_fit(dataset.spec, "the SAE", f"the store {dataset.path}")
-    width = states_width(dataset)
+    _check_width(config, states_width(dataset))
+
+
+def _check_width(config: SAEConfig, width: int) -> None:
     if width != config.hidden_size:
         raise ValueError(f"the SAE takes hidden states of width {config.hidden_size}, the dataset holds {width}")

@@ -19,6 +19,7 @@ from selfreg.sae.outputs import SAEOutput, SparseFeatures, normalized_error
 from selfreg.sae.prefixes import decode_prefixes
 from selfreg.sae.training_mixin import SAETrainingMixin
 from selfreg.utils.hub import PushMixin
+from selfreg.utils.processes import mean_over, sum_over
 
 _HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -248,7 +249,7 @@ class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):  # 
         features = self._features(active, x.shape[:-1])
         error, energy = (flat - flat_hat).pow(2).sum(), flat.pow(2).sum()
         tiny = torch.finfo(x.dtype).tiny
-        loss = (error if prefix_error is None else prefix_error) / energy.clamp_min(tiny)
+        loss = (error if prefix_error is None else prefix_error) / mean_over(energy).clamp_min(tiny)
         if active.sparsity is not None:
             loss = loss + self._penalty(active.sparsity, active.l0, k, sparsity_coefficient)
         aux_loss = None
@@ -262,11 +263,12 @@ class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):  # 
         with torch.no_grad():
             if self.config.input_norm == "none":
                 # x is centred on the mean of the data: what is subtracted is small.
-                variance = energy - flat.mean(dim=0).pow(2).sum() * len(flat)
+                fvu = _unexplained(error, energy, flat.mean(dim=0), len(flat))
             else:
                 raw = hidden_states.reshape(-1, x.shape[-1]).to(x.dtype)
-                error, variance = (raw - reconstruction.view_as(raw)).pow(2).sum(), (raw - raw.mean(0)).pow(2).sum()
-            fvu = error / variance.clamp_min(tiny)
+                centre = mean_over(raw.mean(dim=0))
+                missed, centred = (raw - reconstruction.view_as(raw)).pow(2).sum(), raw - centre
+                fvu = _unexplained(missed, centred.pow(2).sum(), centred.mean(dim=0), len(raw))
         return SAEOutput(loss, reconstruction, features, fvu, active.l0, aux_loss, sparsity=active.sparsity)
 
     def residual_loss(self, x: Tensor, x_hat: Tensor, feature_ids: Tensor, k: int) -> Tensor:
@@ -319,7 +321,7 @@ class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):  # 
         x_hat, active, prefix_error = self._autoencode(x, min(self.config.k, len(weights.W_enc)), weights, ends)
         live_loss = normalized_error(x, x_hat)
         if prefix_error is not None:
-            live_loss = prefix_error / x.pow(2).sum().clamp_min(torch.finfo(x.dtype).tiny)
+            live_loss = prefix_error / mean_over(x.pow(2).sum()).clamp_min(torch.finfo(x.dtype).tiny)
         if active.sparsity is not None:
             # Without it, what is active would grow in number and buy a lower error.
             live_loss = live_loss + self._penalty(active.sparsity, active.l0, self.config.k, sparsity_coefficient)
@@ -382,3 +384,10 @@ class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):  # 
                 f"the SAE takes hidden states of width {self.config.hidden_size}, these have "
                 f"{hidden_states.shape[-1]}: is it an SAE of another backbone?"
             )
+
+
+def _unexplained(error: Tensor, energy: Tensor, mean_D: Tensor, count: int) -> Tensor:
+    """The FVU of states with this sum of squares and this mean, over all processes that share the batch."""
+    sums = sum_over(torch.cat([torch.stack([error, energy, energy.new_tensor(float(count))]), mean_D * count]))
+    variance = sums[1] - sums[3:].pow(2).sum() / sums[2]
+    return sums[0] / variance.clamp_min(torch.finfo(energy.dtype).tiny)

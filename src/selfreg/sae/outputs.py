@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from selfreg.utils.processes import mean_over
+
 
 class SparseFeatures(NamedTuple):
     """The active features of hidden states.
@@ -61,5 +63,5 @@ class SAEOutput(ModelOutput):
 
 
 def normalized_error(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Σ‖x - x̂‖² / Σ‖x‖²."""
-    return (x - x_hat).pow(2).sum() / x.pow(2).sum().clamp_min(torch.finfo(x.dtype).tiny)
+    """Σ‖x - x̂‖² / Σ‖x‖²; the denominator over all processes that share the batch (see `one_batch`)."""
+    return (x - x_hat).pow(2).sum() / mean_over(x.pow(2).sum()).clamp_min(torch.finfo(x.dtype).tiny)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from selfreg.sae.data import StatesDataset, check_states, iterate_states
 from selfreg.sae.modeling import SAEForFeatureExtraction
+from selfreg.utils.processes import largest_over, own_part, sum_over
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class SAEStatistics:
 def evaluate_sae(sae: SAEForFeatureExtraction, dataset: StatesDataset) -> SAEStatistics:
     """Measures an SAE on an `ActivationStore` or any dataset whose rows hold `hidden_states`, in one pass.
 
+    Within `one_batch` every process reads its part of the states, and all get the figures of the whole.
+
     Raises:
         ValueError: the dataset is empty, or its states are of another width, layer or backbone.
     """
@@ -41,7 +44,7 @@ def evaluate_sae(sae: SAEForFeatureExtraction, dataset: StatesDataset) -> SAESta
     total = torch.zeros(sae.config.hidden_size, dtype=torch.float64)
     squares = error = 0.0
     active = count = 0
-    for chunk in iterate_states(dataset):
+    for chunk in iterate_states(dataset, part=own_part()):
         states = chunk.to(sae.device)
         features = sae.encode(states)
         # Centred on the SAE's mean, so that the variance is not a small difference of large numbers.
@@ -52,12 +55,14 @@ def evaluate_sae(sae: SAEForFeatureExtraction, dataset: StatesDataset) -> SAESta
         fired |= fired_features(features.indices, features.values, len(fired))
         active += int((features.values > 0).sum())
         count += len(states)
-    variance = squares - float(total.pow(2).sum()) / count
+    sums = sum_over(torch.cat([torch.tensor([squares, error, active, count], dtype=torch.float64), total]))
+    squares, error, active_sum, num_states = sums[:4].tolist()
+    variance = squares - float(sums[4:].pow(2).sum()) / num_states
     return SAEStatistics(
         fvu=error / variance,
-        l0=active / count,
-        dead_fraction=float(1 - fired.double().mean()),
-        num_states=count,
+        l0=active_sum / num_states,
+        dead_fraction=float(1 - largest_over(fired).double().mean()),
+        num_states=round(num_states),
     )
 
 

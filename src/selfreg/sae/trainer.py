@@ -2,20 +2,28 @@
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from selfreg import __version__
 from selfreg.activations.store import ActivationStore
-from selfreg.sae.data import StatesDataset, check_states, collate_states, iterate_states, sample_states
+from selfreg.activations.streaming import StreamingActivations
+from selfreg.sae.data import StatesDataset, check_states, collate_states, iterate_states, sample_of
 from selfreg.sae.input_norm import standardize
 from selfreg.sae.modeling import SAEForFeatureExtraction
+from selfreg.sae.sampling import WindowSampler
+from selfreg.sae.sharding import whole_weights
 from selfreg.sae.statistics import evaluate_sae
-from selfreg.sae.training_args import SAETrainingArguments
+from selfreg.sae.streams import StreamBatches, StreamPlace, load_place
+from selfreg.sae.training_args import FSDP1_REFUSED, SAETrainingArguments
+from selfreg.utils.processes import largest_over, one_batch, own_part, together
 from selfreg.utils.trainer import PartsTrainer
 
 _LEARNING_RATE = 3e-3
@@ -28,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _NORMALIZATION_STATES = 65_536
 _THRESHOLD_STATES = 2_048
+_CHUNK = 8_192
 
 
 class SAETrainer(PartsTrainer):
@@ -40,8 +49,9 @@ class SAETrainer(PartsTrainer):
     Args:
         model: the SAE.
         args: a [`SAETrainingArguments`].
-        train_dataset: an [`ActivationStore`], or any map-style dataset whose rows hold `hidden_states`.
-        eval_dataset: likewise; `evaluate` gives FVU, L0 and dead share over the whole of it.
+        train_dataset: an [`ActivationStore`], any map-style dataset whose rows hold `hidden_states`, or a
+            [`StreamingActivations`], which needs `max_steps`.
+        eval_dataset: a store or a map-style dataset; `evaluate` gives FVU, L0 and dead share over the whole of it.
 
     Raises:
         ValueError: the dataset is empty, its states have another width, or the SAE is of another backbone.
@@ -54,10 +64,17 @@ class SAETrainer(PartsTrainer):
         self,
         model: SAEForFeatureExtraction,
         args: SAETrainingArguments,
-        train_dataset: StatesDataset | None = None,
+        train_dataset: StatesDataset | StreamingActivations | None = None,
         eval_dataset: StatesDataset | dict[str, StatesDataset] | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(train_dataset, StreamingActivations):
+            kwargs["callbacks"] = [StreamPlace(train_dataset), *(kwargs.get("callbacks") or [])]
+            if args.dataloader_num_workers:
+                raise ValueError(
+                    f"dataloader_num_workers={args.dataloader_num_workers}: a stream runs its backbone in the process "
+                    "that trains; leave it at 0"
+                )
         eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (train_dataset, *eval_datasets):
             if dataset is not None:
@@ -73,6 +90,12 @@ class SAETrainer(PartsTrainer):
             )
             # DataParallel would scatter masks over features as if they were batches of states.
             args._n_gpu = 1
+        # Every weight gets a gradient at every step, and the buffers, counted over all processes, are the same
+        # everywhere: what torch would search for and send at every step to no end, unless it is asked for.
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False
         super().__init__(
             model=model,
             args=args,
@@ -80,12 +103,17 @@ class SAETrainer(PartsTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(FSDP1_REFUSED)
         self.can_return_loss = True
         self.add_callback(_UnitNormDecoder())
         if args.objective == "finetune":
             self.add_callback(_TaskSplit(self))
         model.config.selfreg_version = __version__
-        if isinstance(train_dataset, ActivationStore) and model.config.base_model_name_or_path is None:
+        if model.config.base_model_name_or_path is None and isinstance(
+            train_dataset, ActivationStore | StreamingActivations
+        ):
             model.config.set_hidden_state_spec(train_dataset.spec)
 
     def train(  # type: ignore[override]
@@ -98,6 +126,11 @@ class SAETrainer(PartsTrainer):
                 self._adopt()
             elif self.args.objective == "pretrain" and not resume_from_checkpoint:
                 self._start_from_data()
+        if isinstance(self.train_dataset, StreamingActivations) and resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            # The stream goes to its place by itself; the Trainer would run the backbone over all that came before.
+            self.args.ignore_data_skip = load_place(self.train_dataset, resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -107,6 +140,19 @@ class SAETrainer(PartsTrainer):
 
             write_trainer_card(self)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if isinstance(self.train_dataset, StreamingActivations):
+            # Not prepared by accelerate: the stream has dealt out the texts already, and gives whole batches.
+            return DataLoader(StreamBatches(self.train_dataset, self._train_batch_size), batch_size=None)
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, ActivationStore) and self.args.train_sampling_strategy == "random":
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return WindowSampler(dataset, seed)
+        return super()._get_train_sampler(train_dataset)
+
     def compute_loss(
         self,
         model: Any,
@@ -114,7 +160,11 @@ class SAETrainer(PartsTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        states = inputs["hidden_states"]
+        # The batches of all processes are one: what is chosen, counted and divided by is taken over all of them.
+        with one_batch() if model.training else nullcontext():
+            return self._loss(model, inputs["hidden_states"], return_outputs)
+
+    def _loss(self, model: Any, states: Tensor, return_outputs: bool) -> Any:
         sae = self.accelerator.unwrap_model(model)
         if self.args.objective == "finetune" and model.training:
             # Through the wrapper's own forward, or the gradients of the processes would never meet.
@@ -145,7 +195,7 @@ class SAETrainer(PartsTrainer):
             aux = output.aux_loss if output.aux_loss is not None else 0.0
             self.parts.add(l0=output.l0, aux_loss=aux, dead_fraction=dead_mask.float().mean())
             # One state, as the last batch of an epoch may be, has no variance to leave unexplained.
-            if states.shape[:-1].numel() > 1:
+            if states.shape[:-1].numel() * together() > 1:
                 self.parts.add(fvu=output.fvu)
         return (output.loss, output) if return_outputs else output.loss
 
@@ -168,7 +218,9 @@ class SAETrainer(PartsTrainer):
                 metrics |= self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
             return metrics
         check_states(self.model.config, dataset)
-        figures = evaluate_sae(self.accelerator.unwrap_model(self.model), dataset).to_dict()
+        sae = self.accelerator.unwrap_model(self.model)
+        with one_batch(), whole_weights(sae):
+            figures = evaluate_sae(sae, dataset).to_dict()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         metrics[f"{metric_key_prefix}_loss"] = figures["fvu"]
         self.log(metrics)
@@ -182,9 +234,17 @@ class SAETrainer(PartsTrainer):
         """
         sae = self.accelerator.unwrap_model(self.model)
         maxima = torch.full((sae.config.num_features,), -torch.inf, device=sae.device)
-        for chunk in iterate_states(self.train_dataset):  # type: ignore[arg-type]
-            maxima = torch.maximum(maxima, sae.max_preactivations(chunk.to(sae.device)))
-        return maxima <= (0 if sae.activation.threshold == "none" else sae.threshold.clamp_min(0))
+        with one_batch(), whole_weights(sae):
+            for chunk in self._own_states():
+                maxima = torch.maximum(maxima, sae.max_preactivations(chunk.to(sae.device)))
+            maxima = largest_over(maxima)
+            return maxima <= (0 if sae.activation.threshold == "none" else sae.threshold.clamp_min(0))
+
+    def _own_states(self) -> Iterator[Tensor]:
+        """This process's part of the training states, a chunk at a time; of a stream, those of its buffer."""
+        if isinstance(self.train_dataset, StreamingActivations):
+            return iter(self.train_dataset.current_states().split(_CHUNK))
+        return iterate_states(self.train_dataset, _CHUNK, own_part())  # type: ignore[arg-type]
 
     def _current_k(self) -> int:
         k = self.model.config.k
@@ -229,16 +289,22 @@ class SAETrainer(PartsTrainer):
     def _dead_after(self) -> int:
         if self.args.dead_after_tokens is not None:
             return self.args.dead_after_tokens
-        seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seen = self.state.max_steps * a_step
         return min(10_000_000, max(1, seen // 40))
 
     def _normalization(self) -> tuple[Tensor, Tensor, Tensor]:
         """Up to 65,536 states, their mean, and the scale that gives them a mean squared norm of hidden_size."""
         sae = self.accelerator.unwrap_model(self.model)
-        states = sample_states(self.train_dataset, _NORMALIZATION_STATES)  # type: ignore[arg-type]
-        sample = standardize(states.double(), sae.config.input_norm).states
-        mean = sample.mean(dim=0)
-        scale = (sample - mean).pow(2).mean().sqrt()
+        states = sample_of(self.train_dataset, _NORMALIZATION_STATES)  # type: ignore[arg-type]
+        # A chunk at a time: in float64 all at once, these would be the most memory that training ever takes.
+        mean, squares = states.new_zeros(states.shape[1], dtype=torch.float64), 0.0
+        for chunk in states.split(_CHUNK):
+            mean += standardize(chunk.double(), sae.config.input_norm).states.sum(dim=0) / len(states)
+        for chunk in states.split(_CHUNK):
+            centred = standardize(chunk.double(), sae.config.input_norm).states - mean
+            squares += float(centred.pow(2).sum())
+        scale = torch.tensor(squares / states.numel(), dtype=torch.float64).sqrt()
         return states, mean.to(sae.mean), scale.to(sae.scale)
 
     def _adopt(self) -> None:

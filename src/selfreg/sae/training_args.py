@@ -8,6 +8,11 @@ from transformers import TrainingArguments
 
 OBJECTIVES = ("pretrain", "finetune")
 
+FSDP1_REFUSED = (
+    "FSDP version 1 cuts weights without regard to rows, and decoder directions could not be kept at unit length: use "
+    "version 2 (fsdp_config={'version': 2}, which is the default; fsdp_version: 2 in the file of `accelerate config`)"
+)
+
 
 @dataclass
 class SAETrainingArguments(TrainingArguments):
@@ -91,5 +96,7 @@ class SAETrainingArguments(TrainingArguments):
                 "which it can't look into; leave it out"
             )
         super().__post_init__()
+        if self.fsdp_plugin_args is not None and self.fsdp_plugin_args["fsdp_version"] != 2:
+            raise ValueError(FSDP1_REFUSED)
         # Without an accelerator pinned memory only brings a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()

@@ -9,6 +9,8 @@ from selfreg.sae.activation_fns import Activation, Weights
 from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.kernels import sampled_dot, select_topk
 from selfreg.sae.outputs import SparseFeatures
+from selfreg.sae.sharding import own_rows
+from selfreg.utils.processes import largest_over, mean_over, together
 
 _THRESHOLD_STEP = 0.01
 """Share of a batch in the running mean of the threshold."""
@@ -87,18 +89,19 @@ class SAETrainingMixin:
 
         Nothing to do without `normalize_decoder`; a tied weight is the encoder too, whose length is free.
         """
-        weight = self.decoder_weight
-        if self.config.normalize_decoder and not self.config.tied and weight.grad is not None:
+        weight, gradient = self.decoder_weight, self.decoder_weight.grad
+        if self.config.normalize_decoder and not self.config.tied and gradient is not None:
             # Row by row: vecdot would hold the elementwise product of the two, as large as the decoder.
+            weight, gradient = own_rows(weight), own_rows(gradient)
             rows = torch.arange(len(weight), device=weight.device).unsqueeze(1)
-            along = sampled_dot(weight.grad, weight, rows)
-            weight.grad.addcmul_(along, weight, value=-1)
+            along = sampled_dot(gradient, weight, rows)
+            gradient.addcmul_(along, weight, value=-1)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Gives decoder directions unit length, if the config says so."""
         if self.config.normalize_decoder:
-            weight = self.decoder_weight
+            weight = own_rows(self.decoder_weight)
             weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
@@ -109,16 +112,16 @@ class SAETrainingMixin:
         """
         self.normalize_decoder()
         if self.activation.threshold == "learned":
-            self.threshold.clamp_(min=0)
+            own_rows(self.threshold).clamp_(min=0)
 
     @torch.no_grad()
     def count_fired(self, features: SparseFeatures) -> None:
-        """Counts up the states since each feature was active."""
-        self.tokens_since_fired += features.values.shape[:-1].numel()
+        """Counts up the states since each feature was active, on any process that shares the batch."""
+        self.tokens_since_fired += features.values.shape[:-1].numel() * together()
         # Where a value is 0, what stands there did not fire; it is sent to a place behind the last feature.
-        fired = features.indices.masked_fill(features.values <= 0, self.config.num_features).flatten()
-        counters = torch.cat([self.tokens_since_fired, self.tokens_since_fired.new_zeros(1)])
-        self.tokens_since_fired.copy_(counters.index_fill_(0, fired, 0)[:-1])
+        places = features.indices.masked_fill(features.values <= 0, self.config.num_features).flatten()
+        fired = places.new_zeros(self.config.num_features + 1, dtype=torch.bool).index_fill_(0, places, True)[:-1]
+        self.tokens_since_fired.masked_fill_(largest_over(fired), 0)
 
     @torch.no_grad()
     def max_preactivations(self, hidden_states: Tensor) -> Tensor:
@@ -138,9 +141,11 @@ class SAETrainingMixin:
         if coefficient is not None:
             return coefficient * sparsity
         if self.activation.penalty == "l0":
+            # The number over all processes that share the batch, with the gradient of this one's.
+            sparsity = sparsity + (mean_over(sparsity) - sparsity).detach()
             return (sparsity * self.config.hidden_size / k - 1) ** 2
         with torch.no_grad():
-            ratio = (l0 / k).clamp(1 / _PRESSURE_LIMIT, _PRESSURE_LIMIT)
+            ratio = (mean_over(l0) / k).clamp(1 / _PRESSURE_LIMIT, _PRESSURE_LIMIT)
             if self.training:
                 self.sparsity_coefficient.mul_((_SPARSITY_STEP * ratio.log()).exp())
             weight = self.sparsity_coefficient * ratio**2
@@ -149,8 +154,7 @@ class SAETrainingMixin:
     @torch.no_grad()
     def _follow_threshold(self, values: Tensor) -> None:
         """Follows the smallest activation that the choice over a batch let through, as a running mean."""
-        positive = values[values > 0]
-        if len(positive):
-            smallest = positive.amin()
+        smallest = -largest_over(-values.masked_fill(values <= 0, torch.inf).amin())
+        if torch.isfinite(smallest):
             step = 1.0 if self.threshold <= 0 else _THRESHOLD_STEP
             self.threshold += step * (smallest - self.threshold)

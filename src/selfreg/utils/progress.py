@@ -8,6 +8,8 @@ from typing import Protocol
 
 from transformers.utils.logging import disable_progress_bar, is_progress_bar_enabled
 
+from selfreg.utils.processes import is_main_process
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,11 +69,11 @@ def progress(
     columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
     if status is not None:
         columns.append(StatusColumn())
-    disable = not (console.is_terminal and (_only_own or is_progress_bar_enabled()))
+    disable = not (is_main_process() and console.is_terminal and (_only_own or is_progress_bar_enabled()))
     with Progress(*columns, console=console, disable=disable) as bar:
         task = bar.add_task(description, total=total, completed=done, rate="")
         yield advance
-    if count:
+    if count and is_main_process():
         seconds = time.perf_counter() - started
         told = rate() if status is None else f"{rate()}, {status()}"
         logger.info("%s: %s %s in %.1f s (%s)", description, f"{count:,}", unit, seconds, told)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from selfreg.utils.processes import mean_over, one_batch, processes
 from selfreg.utils.progress import Advance, progress
 
 _WHOLE = "selfreg_checkpoint_is_whole"
@@ -29,8 +30,11 @@ class LossParts:
             self._counts[name] += 1
 
     def flush(self) -> dict[str, float]:
-        """The means so far; starts anew."""
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        """The means so far, within `one_batch` those over all its processes; starts anew."""
+        means = {
+            name: float(mean_over(torch.as_tensor(total, dtype=torch.float32))) / self._counts[name]
+            for name, total in self._sums.items()
+        }
         self._sums.clear()
         self._counts.clear()
         return means
@@ -41,6 +45,8 @@ class WholeCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        # Each process writes the state of its own random numbers.
+        processes().wait_for_everyone()
         if state.is_world_process_zero and folder.is_dir():
             (folder / _WHOLE).touch()
 
@@ -68,17 +74,11 @@ class PartsTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self._check_finite()
-            logs = {**logs, **self._over_processes(self.parts.flush())}
+            # Every process logs; the parts are those of the whole batch, as the loss is that the Trainer gives.
+            with one_batch():
+                self._check_finite()
+                logs = {**logs, **self.parts.flush()}
         super().log(logs, start_time)
-
-    def _over_processes(self, parts: dict[str, float]) -> dict[str, float]:
-        """Means over all processes, as the Trainer's own loss is."""
-        if self.args.world_size == 1 or not parts:
-            return parts
-        values = torch.tensor(list(parts.values()), dtype=torch.float32, device=self.args.device)
-        reduced: Any = self.accelerator.reduce(values, "mean")
-        return dict(zip(parts, reduced.tolist(), strict=True))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -87,7 +87,7 @@ class PartsTrainer(Trainer):
 
     def _check_finite(self) -> None:
         # The Trainer itself leaves losses that are not finite out of the mean that it logs.
-        total, self._losses = float(self._losses), 0.0
+        total, self._losses = float(mean_over(torch.as_tensor(self._losses))), 0.0
         if not math.isfinite(total):
             raise ValueError(
                 f"training diverged before step {self.state.global_step}: the loss is {total}; lower "

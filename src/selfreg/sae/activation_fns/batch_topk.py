@@ -5,6 +5,7 @@ from torch import Tensor
 
 from selfreg.sae.activation_fns.base import SelectingActivation
 from selfreg.sae.kernels import Select, above, select_active
+from selfreg.utils.processes import gather_over, largest_over, together
 
 _FIRST = 2
 """Times k: how many of each state are looked at first. Few states have more, and those are looked at again."""
@@ -22,10 +23,11 @@ class BatchTopK(SelectingActivation):
         places = min(_FIRST * k, num_features)
         values, indices = select_active(x_ND, W_enc_FD, b_enc_F, places)
         while True:
-            cut = values.flatten().topk(wanted, sorted=False).values.amin()
+            # The largest of the whole batch, whichever process holds a state.
+            cut = gather_over(values.flatten()).topk(wanted * together(), sorted=False).values.amin()
             # Whatever of a state was not looked at is no larger than the least of it that was.
             cut_short = values.amin(dim=1) > cut
-            if places == num_features or not cut_short.any():
+            if places == num_features or not largest_over(cut_short.any()):
                 break
             places = min(2 * places, num_features)
             rows = cut_short.nonzero().flatten()

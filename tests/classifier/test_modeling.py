@@ -238,9 +238,11 @@ def test_upload_holds_tokenizer_and_backbone(
         def create_repo(self, repo_id: str, **_kwargs: Any) -> Any:
             return SimpleNamespace(repo_id=f"me/{repo_id}")
 
-        def upload_folder(self, *, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
-            names = {str(path.relative_to(folder_path)) for path in folder_path.rglob("*")}
-            sent.update(repo_id=repo_id, names=names, **kwargs)
+        def list_repo_files(self, repo_id: str, **_kwargs: Any) -> list[str]:
+            return []
+
+        def create_commit(self, repo_id: str, operations: Any, **kwargs: Any) -> None:
+            sent.update(repo_id=repo_id, names={operation.path_in_repo for operation in operations}, **kwargs)
 
     monkeypatch.setattr("selfreg.utils.hub.HfApi", Api)
     make_classifier(loaded).save_pretrained(

@@ -448,8 +448,13 @@ def test_pushed_as_a_data_set(
             sent.update(kwargs)
             return SimpleNamespace(repo_id=repo_id)
 
-        def upload_folder(self, *, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
-            shutil.copytree(folder_path, tmp_path / "sent")
+        def list_repo_files(self, repo_id: str, **_kwargs: Any) -> list[str]:
+            return []
+
+        def create_commit(self, repo_id: str, operations: Any, **kwargs: Any) -> None:
+            (tmp_path / "sent").mkdir()
+            for operation in operations:
+                shutil.copy(operation.path_or_fileobj, tmp_path / "sent" / operation.path_in_repo)
             sent.update(repo_id=repo_id, **kwargs)
 
     monkeypatch.setattr("selfreg.utils.hub.HfApi", Api)

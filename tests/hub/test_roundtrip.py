@@ -25,15 +25,17 @@ def test_what_lies_on_the_hub(hub: LoopbackHub, pushed: Path) -> None:
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "tokenizer.json"} <= adapted
     assert not any(path.startswith("backbone/") for path in adapted)
     assert "backbone/model.safetensors" in hub.repo("me/whole").paths()
+    left = hub.repo("me/once-adapted").paths()
+    assert "model.safetensors" in left
+    assert not any(path.startswith(("adapter/", "backbone/")) for path in left)
     assert {"main", "dev", "refs/pr/1"} == set(hub.repo("me/classifier").refs)
     # Everything of one push is one commit.
     assert len(hub.repo("me/whole").commits) == 2
-    # Every save is pushed, and the end.
+    # Saves are pushed in the background: of one that the next overtakes there is nothing left to commit.
     messages = hub.repo("me/trained").messages
-    assert [m for m in messages if m.startswith("Training in progress")] == [
-        "Training in progress, epoch 1",
-        "Training in progress, epoch 2",
-    ]
+    in_progress = [message for message in messages if message.startswith("Training in progress")]
+    assert in_progress
+    assert set(in_progress) <= {"Training in progress, epoch 1", "Training in progress, epoch 2"}
     assert messages[-1] == "End of training"
     for name in ("trained", "sae-trained"):
         repo = hub.repo(f"me/{name}")

@@ -139,6 +139,8 @@ def _load_backbone(
         revision=config.base_model_revision,
         gguf_file=config.base_model_gguf_file,
     )
+    # `revision` is the classifier's own.
+    options = {**options, **{name: value for name, value in hub.items() if name != "revision"}}
     return with_revision_there(
         str(path),
         source,

@@ -3,11 +3,19 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from huggingface_hub import CommitInfo, HfApi, constants, snapshot_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -24,6 +32,7 @@ RepoType = Literal["model", "dataset"]
 UPLOAD_OPTIONS = ("repo_id", "token", "private", "commit_message", "commit_description", "create_pr", "revision")
 """What `push_to_hub=True` of transformers takes beside it."""
 
+_OURS = ("adapter/*", "backbone/*", "model-*-of-*.safetensors", "model.safetensors", "model.safetensors.index.json")
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 
 
@@ -49,7 +58,8 @@ def upload_folder(
 ) -> CommitInfo:
     """Uploads all that lies in a folder, in one commit: a repo shows either all of it or nothing.
 
-    What was uploaded before a push was cut short is not uploaded again.
+    What was uploaded before a push was cut short is not uploaded again. Weights that the repo has from before and the
+    folder has not (shards, an adapter, a backbone) go in the same commit.
 
     Args:
         folder: what to upload.
@@ -72,16 +82,27 @@ def upload_folder(
                 # Who may not write there can still open a pull request against a branch that is there.
                 if not (create_pr and error.response.status_code == 403):
                     raise
-        return api.upload_folder(
-            repo_id=repo.repo_id,
+        names = _names(folder, ignore or [])
+        there = api.list_repo_files(repo.repo_id, repo_type=repo_type, revision=revision)
+        stale = [name for name in there if name not in names and any(fnmatch(name, own) for own in _OURS)]
+        # Not upload_folder, which makes several commits of a large folder.
+        return api.create_commit(
+            repo.repo_id,
+            [
+                *(CommitOperationAdd(name, folder / name) for name in names),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
             repo_type=repo_type,
-            folder_path=folder,
             revision=revision,
             create_pr=create_pr,
-            commit_message=commit_message,
+            commit_message=commit_message or "Upload with selfreg",
             commit_description=commit_description,
-            ignore_patterns=ignore,
         )
+
+
+def _names(folder: Path, ignore: Sequence[str]) -> list[str]:
+    everything = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [name for name in everything if not any(fnmatch(name, pattern) for pattern in ignore)]
 
 
 def is_repo_id(name: str) -> bool:

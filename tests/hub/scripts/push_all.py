@@ -85,6 +85,9 @@ def main(folder: Path) -> None:
     adapted = make_model(extractor, sae, lora={"r": 2})
     expected["adapted"] = logits_of(adapted)
     adapted.push_to_hub("me/adapted")
+    # What was there before and is no part of it any more goes.
+    make_model(extractor, sae, lora={"r": 2}).push_to_hub("me/once-adapted", save_backbone=True)
+    plain.push_to_hub("me/once-adapted")
     whole = make_model(extractor, sae, lora={"r": 2})
     whole.push_to_hub("me/whole", save_backbone=True, private=True)
     expected["whole"] = logits_of(whole)

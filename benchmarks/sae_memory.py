@@ -7,12 +7,11 @@ Peak resident memory of this process over three steps, sampled every millisecond
 
     python benchmarks/sae_memory.py --store 100000 --features 1024
 
-Peak resident memory (ru_maxrss) of a process that trains an SAE for an epoch from a store of so many tokens, and from
+Peak resident memory (VmHWM) of a process that trains an SAE for an epoch from a store of so many tokens, and from
 one of ten times as many.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -79,12 +78,13 @@ def train(options: argparse.Namespace) -> None:
             folder, num_train_epochs=1, per_device_train_batch_size=options.batch, save_strategy="no", report_to="none"
         )
         SAETrainer(sae, args, train_dataset=ActivationStore(options.train_from)).train()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    print(resident("VmHWM"))
 
 
-def resident() -> float:
+def resident(which: str = "VmRSS") -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
 
 
 class Peak:

@@ -31,7 +31,7 @@ from selfreg.classifier.states import PooledStates
 from selfreg.evaluation.classifier import evaluate_head
 from selfreg.evaluation.metrics import evaluate_predictions, unintended_use
 from selfreg.evaluation.tasks import evaluate_pairs
-from selfreg.features.selection import attribute_strength, has_two_groups
+from selfreg.features.attribute import attribute_strength, has_two_groups
 from selfreg.utils.trainer import StepProgress
 
 _OFF: dict[str, Any] = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}

@@ -12,9 +12,10 @@ from selfreg.classifier.lora import adapter_config
 from selfreg.classifier.zero_shot import check_label_names
 from selfreg.data import TaskData
 from selfreg.evaluation.arrays import group_name
+from selfreg.features.attribute import has_two_groups
 from selfreg.features.chat import EndpointChatModel
+from selfreg.features.keywords import keyword_pattern
 from selfreg.features.rubric import Rubric
-from selfreg.features.selection import has_two_groups, keyword_pattern
 from selfreg.recipe import ChatRecipe, Recipe, RecipeError, SAERecipe
 from selfreg.sae.configuration import SAEConfig
 from selfreg.sae_stages import load_sae

@@ -7,8 +7,9 @@ from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
 from selfreg import FeatureCatalog, HiddenStateExtractor, SAEConfig, SAEForFeatureExtraction, UnintendedFeatures
+from selfreg.features.attribute import attribute_reason, attribute_strength
+from selfreg.features.keywords import keyword_near_peak, keyword_pattern
 from selfreg.features.records import FeatureRecord
-from selfreg.features.selection import _attribute_reason, attribute_strength, keyword_near_peak, keyword_pattern
 from selfreg.features.spans import Span
 from selfreg.sae.fingerprint import sae_fingerprint
 
@@ -197,9 +198,9 @@ def test_features_of_a_handful_of_texts_are_no_evidence(caplog: pytest.LogCaptur
 
 
 def test_reason_names_the_group_that_it_fires_for() -> None:
-    assert _attribute_reason("m", ["f", "m"], 0.08) == "fires for 'f' rather than 'm' within a label: AUC 0.920"
-    assert _attribute_reason("m", ["f", "m"], 0.9) == "fires for 'm' rather than 'f' within a label: AUC 0.900"
-    assert _attribute_reason("b", ["a", "b", "c"], 0.2).startswith("fires less for 'b' than for the rest")
+    assert attribute_reason("m", ["f", "m"], 0.08) == "fires for 'f' rather than 'm' within a label: AUC 0.920"
+    assert attribute_reason("m", ["f", "m"], 0.9) == "fires for 'm' rather than 'f' within a label: AUC 0.900"
+    assert attribute_reason("b", ["a", "b", "c"], 0.2).startswith("fires less for 'b' than for the rest")
 
 
 def test_strongest_on_keywords_comes_first(sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor) -> None:

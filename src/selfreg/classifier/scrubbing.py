@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from selfreg.activations.extractor import check_texts
 from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.decisions import check_features
+from selfreg.features.keywords import keyword_pattern
 from selfreg.features.records import FeatureRecord
 from selfreg.features.scoring import WORD, stop_words
-from selfreg.features.selection import keyword_pattern
 from selfreg.features.spans import Span
 
 logger = logging.getLogger(__name__)

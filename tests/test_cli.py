@@ -16,7 +16,8 @@ runner = CliRunner()
 
 
 @pytest.mark.parametrize(
-    "command", [[], *(c.split() for c in ("run", "demo", "sae train", "sae finetune", "sae eval", "sae convert"))]
+    "command",
+    [[], *(c.split() for c in ("run", "demo", "push", "sae train", "sae finetune", "sae eval", "sae convert"))],
 )
 def test_help_teaches(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
@@ -53,3 +54,10 @@ def test_labels_that_look_like_markup_are_shown_as_they_are(
     out = capsys.readouterr().out
     assert "labels: [/bad], [good], :package:" in out
     assert "on [test]" in out
+
+
+def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, ["push", str(tmp_path), "me/x"])
+    assert result.exit_code == 1
+    assert "works in one process, and this is one of 2" in " ".join(result.stderr.split())

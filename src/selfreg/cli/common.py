@@ -34,6 +34,7 @@ def setup() -> None:
 def clear_errors() -> Iterator[None]:
     """A user's mistake is one message, not a traceback; SELFREG_TRACEBACK=1 shows it all the same."""
     try:
+        _check_alone()
         yield
     except (ValueError, OSError, ChatError) as error:
         if os.environ.get("SELFREG_TRACEBACK"):
@@ -41,6 +42,15 @@ def clear_errors() -> Iterator[None]:
         errors.print("[bold red]error[/bold red] ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True, emoji=False)
         raise typer.Exit(1) from error
+
+
+def _check_alone() -> None:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise ValueError(
+            f"the selfreg command works in one process, and this is one of {count}: start a Python script with "
+            "accelerate launch or torchrun (docs/scaling.md)"
+        )
 
 
 def say(line: str) -> None:

@@ -17,6 +17,10 @@ PLANTED_VARIANTS = ((0.8, 320), (1.0, 320), (0.95, 160))
 """Of each planted shift beside a tie of 95 % in 320 texts: other strengths of the tie, and fewer texts."""
 
 
+NOTES_SIZES = (200, 1_000, 5_000)
+"""Training texts of the notes beside 480."""
+
+
 def data_root() -> Path:
     """Where the real data lies."""
     root = Path(os.environ.get("SELFREG_DATA", "../shared/data"))
@@ -70,6 +74,7 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
         "dxy": tasks.dxy,
         "symptom2disease": tasks.symptom2disease,
         "notes": ties.notes,
+        **{f"notes_{size}": partial(ties.many_notes, size) for size in NOTES_SIZES},
         "reviews_domain": ties.reviews_domain,
         "toxicchat_length": ties.toxicchat_length,
         "cebab_service": ties.cebab_service,

@@ -7,6 +7,7 @@ to tell the group (`attribute`), or, where none does, those of the keywords.
 import json
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ from selfreg.features.selection import attribute_strength, has_two_groups
 from selfreg.utils.trainer import StepProgress
 
 _OFF: dict[str, Any] = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
-OFFSET = 0.75
+OFFSET = 0.8
+_OFFSET: dict[str, Any] = {**_OFF, "offset_weight": OFFSET}
 # The offset, and the terms as strong as the validation loss allows beside it.
-_OFFSET: dict[str, Any] = {"offset_weight": OFFSET, "penalty_weight": "auto", "dependence_weight": "auto"}
+_OFFSET_AUTO: dict[str, Any] = {"offset_weight": OFFSET, "penalty_weight": "auto", "dependence_weight": "auto"}
 SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg": ("attribute", {}),
     "selfreg_keywords": ("keywords", {}),
     "selfreg_random": ("random", {}),
-    "selfreg_penalty10": ("attribute", {"penalty_weight": 10.0}),
     "selfreg_offset": ("attribute", _OFFSET),
     "selfreg_offset_keywords": ("keywords", _OFFSET),
     "selfreg_offset_random": ("random", _OFFSET),
@@ -54,7 +55,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "similarity_encoder": ("attribute", {"similarity": "encoder"}),
     "similarity_cosine": ("attribute", {"similarity": "cosine"}),
     "similarity_subspace": ("attribute", {"similarity": "subspace"}),
-    "penalty_3": ("attribute", {"penalty_weight": 3.0}),
+    "penalty_1": ("attribute", {"penalty_weight": 1.0}),
+    "penalty_100": ("attribute", {"penalty_weight": 100.0}),
     "dependence_3": ("attribute", {"dependence_weight": 3.0}),
     "dependence_300": ("attribute", {"dependence_weight": 300.0}),
     "no_removal": ("attribute", {"remove_unintended": False}),
@@ -62,15 +64,25 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "auto": ("attribute", {"penalty_weight": "auto", "dependence_weight": "auto"}),
     "features_10": ("attribute:10", {}),
     "features_30": ("attribute:30", {}),
-    "offset_100": ("attribute", {**_OFFSET, "offset_weight": 1.0}),
-    "offset_100_keywords": ("keywords", {**_OFFSET, "offset_weight": 1.0}),
-    "offset_only": ("attribute", {**_OFF, "offset_weight": OFFSET}),
-    "offset_only_keywords": ("keywords", {**_OFF, "offset_weight": OFFSET}),
-    "offset_only_random": ("random", {**_OFF, "offset_weight": OFFSET}),
+    "features_300": ("attribute:300", {}),
+    "pooling_last": ("attribute", {}),
+    "removal_topk": ("attribute", {}),
+    "sae_finetuned": ("attribute", {}),
+    "offset_terms": ("attribute", {"offset_weight": OFFSET}),
+    "offset_terms_keywords": ("keywords", {"offset_weight": OFFSET}),
+    "offset_auto": ("attribute", _OFFSET_AUTO),
+    "offset_auto_keywords": ("keywords", _OFFSET_AUTO),
+    "offset_70": ("attribute", {**_OFF, "offset_weight": 0.7}),
+    "offset_90": ("attribute", {**_OFF, "offset_weight": 0.9}),
+    "offset_100": ("attribute", {**_OFF, "offset_weight": 1.0}),
+    "offset_70_keywords": ("keywords", {**_OFF, "offset_weight": 0.7}),
+    "offset_90_keywords": ("keywords", {**_OFF, "offset_weight": 0.9}),
+    "offset_100_keywords": ("keywords", {**_OFF, "offset_weight": 1.0}),
 }
 """One thing changed in selfreg each; computed where they are asked for with --methods."""
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")
-METHODS = (*SELFREG, *ABLATIONS, *BASELINES, "scrubbing", "tfidf", "zero_shot", "balanced")
+PLAIN_LAST = "plain_pooling_last"
+METHODS = (*SELFREG, *ABLATIONS, PLAIN_LAST, *BASELINES, "scrubbing", "tfidf", "zero_shot", "balanced")
 ZERO_SHOT_TEXTS = 60
 """Of each eval set, drawn once: a prompt costs as much as a hundred trainings of a head."""
 
@@ -119,7 +131,8 @@ class Trial:
         self.pool, self.seed, self.sae = pool, seed, sae
         self.activations, self.workshop = activations, workshop
         self.rows: Rows = pool.rows(seed)
-        by_attribute = self._by_attribute()
+        self.all_by_attribute = self._by_attribute(sae, activations)
+        by_attribute = _first(sae, self.all_by_attribute, MAX_FEATURES)
         self.choices: dict[str, UnintendedFeatures] = {
             "attribute": by_attribute,
             "keywords": keywords,
@@ -131,34 +144,53 @@ class Trial:
     def pairs(self) -> bool:
         return self.pool.task == "preference"
 
-    def _by_attribute(self) -> UnintendedFeatures:
+    def _by_attribute(self, sae: SAEForFeatureExtraction, activations: Activations) -> UnintendedFeatures:
+        """All that the training texts show to tell the group, the strongest first."""
         from scipy.stats import false_discovery_control
 
         rows, pool = self.rows.train, self.pool
         if not has_two_groups([pool.group[i] for i in rows], [pool.label[i] for i in rows]):
             # A tie of 100 %: nothing can tell the attribute from the label.
-            return UnintendedFeatures.from_ids(self.sae, [])
-        values = self._of_texts(self.activations.largest, rows).numpy()
+            return UnintendedFeatures.from_ids(sae, [])
+        values = self._of_texts(activations.largest, rows).numpy()
         if self.pairs:
             values = values[:, 0] - values[:, 1]
         strength, p_values, _ = attribute_strength(
             values, [pool.group[i] for i in rows], [pool.label[i] for i in rows]
         )
         kept = np.flatnonzero(false_discovery_control(p_values) < 0.05).tolist()
-        order = sorted(kept, key=lambda feature: (-abs(strength[feature] - 0.5), feature))[:MAX_FEATURES]
+        order = sorted(kept, key=lambda feature: (-abs(strength[feature] - 0.5), feature))
         reasons = [f"tells the group within a label: AUC {strength[feature]:.3f}" for feature in order]
-        return UnintendedFeatures.from_ids(self.sae, order, reasons=reasons)
+        return UnintendedFeatures.from_ids(sae, order, reasons=reasons)
 
     def _of_texts(self, values: Tensor, rows: list[int]) -> Tensor:
         """Rows of a tensor over texts; of pairs `[n, 2, ...]`."""
         return (values.unflatten(0, (-1, 2)) if self.pairs else values)[rows]
 
-    def states(self, rows: list[int], watched: UnintendedFeatures, removed: UnintendedFeatures | None) -> PooledStates:
-        """Pooled states of rows of the pool, and the largest activations of `watched` there."""
-        pooled = self._of_texts(self.activations.pooled, rows)
+    def states(
+        self,
+        rows: list[int],
+        watched: UnintendedFeatures,
+        removed: UnintendedFeatures | None,
+        method: str = "",
+    ) -> PooledStates:
+        """Pooled states of rows of the pool, and the largest activations of `watched` there.
+
+        Args:
+            rows, watched: which.
+            removed: features that are taken out.
+            method: an ablation that has states of its own.
+        """
+        pooled, activations = self.activations.pooled, self.activations.means
+        if method in ("pooling_last", PLAIN_LAST):
+            pooled, activations = self.activations.last, self.activations.at_last
+        elif method == "removal_topk":
+            activations = self.activations.topk_means
+        elif method == "sae_finetuned":
+            activations = self.finetuned[1].means
+        pooled = self._of_texts(pooled, rows)
         if removed is not None:
-            means = self._of_texts(self.activations.means, rows)[..., removed.feature_ids]
-            pooled = pooled - means @ removed.decoder_directions
+            pooled = pooled - self._of_texts(activations, rows)[..., removed.feature_ids] @ removed.decoder_directions
         maxima = self._of_texts(self.activations.maxima, rows)[..., watched.feature_ids]
         labels = torch.tensor([self.pool.label[row] for row in rows])
         return PooledStates(pooled.clone(), maxima.clone(), labels, removed=removed is not None)
@@ -211,6 +243,9 @@ class Trial:
         if method in BASELINES:
             train = self.states(self.rows.train, self.measure, None)
             return self._head(self._baseline(method, train, self.rows.train))
+        if method == PLAIN_LAST:
+            train = self.states(self.rows.train, self.measure, None, method)
+            return self._head(self._baseline("plain", train, self.rows.train), method=method)
         if method == "balanced":
             if self.rows.balanced is None:
                 raise DoesNotApply("the pool has too few texts of some cell to balance it")
@@ -223,19 +258,33 @@ class Trial:
         choice, _, count = choice.partition(":")
         unintended = self.choices[choice]
         if count:
-            unintended = UnintendedFeatures.from_ids(self.sae, unintended.feature_ids[: int(count)])
+            unintended = _first(self.sae, self.all_by_attribute, int(count))
+        if method == "sae_finetuned":
+            tuned = self.finetuned[0]
+            unintended = _first(tuned, self._by_attribute(*self.finetuned), MAX_FEATURES)
         if not len(unintended):
             raise DoesNotApply(f"no feature is chosen by {choice}")
         args = replace(self.args(), remove_unintended=True)
         args = replace(args, **changes)
         removed = unintended if args.remove_unintended else None
-        train = self.states(self.rows.train, unintended, removed)
+        train = self.states(self.rows.train, unintended, removed, method)
+        if method == "sae_finetuned":
+            maxima = self._of_texts(self.finetuned[1].maxima, self.rows.train)[..., unintended.feature_ids]
+            train = replace(train, activations=maxima.clone())
         if args.offset_weight and choice == "attribute" and not self.pairs:
             groups = [self.pool.group[row] for row in self.rows.train]
             offsets = attribute_offsets(train.labels.tolist(), groups, len(self.pool.labels))
             train = replace(train, offsets=args.offset_weight * offsets)
         model = self.classifier(unintended, bool(args.remove_unintended))
-        return self._head(fit_head(method, model, args, train, callbacks=[StepProgress(method)]), removed)
+        return self._head(
+            fit_head(method, model, args, train, callbacks=[StepProgress(method)]), removed, method=method
+        )
+
+    @cached_property
+    def finetuned(self) -> tuple[SAEForFeatureExtraction, Activations]:
+        """The SAE fine-tuned on the training texts of the data set, and its activations."""
+        tuned = self.workshop.finetuned(self.pool, self.sae)
+        return tuned, self.workshop.activations(self.pool.corpus, tuned)
 
     def _baseline(self, method: str, train: PooledStates, rows: list[int]) -> FittedHead:
         if method == "projection" and not len(self.choices["attribute"]):
@@ -258,10 +307,11 @@ class Trial:
         head: FittedHead,
         removed: UnintendedFeatures | None = None,
         pooled: Tensor | None = None,
+        method: str = "",
     ) -> dict[str, Scores]:
         scores = {}
         for name, rows in self.rows.evals.items():
-            states = self.states(rows, self.measure, removed)
+            states = self.states(rows, self.measure, removed, method)
             if pooled is not None:
                 states = replace(states, pooled=self._of_texts(pooled, rows).clone())
             figures, _ = evaluate_head(head, states, self.measure, [self.pool.group[row] for row in rows])
@@ -361,6 +411,10 @@ class Trial:
             found = zero_shot_logits(chat, texts, self.pool.labels, **options)
         place = {row: i for i, row in enumerate(wanted)}
         return self._of_text_model({name: found[[place[row] for row in own]] for name, own in rows.items()}, rows)
+
+
+def _first(sae: SAEForFeatureExtraction, features: UnintendedFeatures, count: int) -> UnintendedFeatures:
+    return UnintendedFeatures.from_ids(sae, features.feature_ids[:count], reasons=features.reasons[:count])
 
 
 def conversations(text: str) -> list[str]:

@@ -5,6 +5,7 @@ Every file is named after what it was made from, so that a second call finds it 
 Shapes: N texts (of pairs: sides, the chosen one first), F features of the SAE, D hidden size.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -54,12 +55,18 @@ class Activations:
         pooled (`[N, D]`): mean hidden state, nothing removed.
         means, maxima (`[N, F]`): mean and largest ReLU pre-activation of each feature over the tokens.
         largest (`[N, F]`): largest activation behind the SAE's TopK: what features are chosen by.
+        topk_means (`[N, F]`): mean activation behind the TopK, for the ablation of the removal.
+        last (`[N, D]`), at_last (`[N, F]`): state of the last token and ReLU pre-activations there, for that of the
+            pooling.
     """
 
     pooled: Tensor
     means: Tensor
     maxima: Tensor
     largest: Tensor
+    topk_means: Tensor
+    last: Tensor
+    at_last: Tensor
 
 
 class Workshop:
@@ -181,15 +188,30 @@ class Workshop:
         path = self.folder / "features" / f"{corpus.name}-{key[:12]}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            means, maxima = pre_activations(sae, store)
-            tensors = {
-                "pooled": store.pool("mean"),
-                "means": means,
-                "maxima": maxima,
-                "largest": largest_activations(sae, store),
-            }
-            save_tensors(path, tensors)
+            save_tensors(path, vars(compute_activations(sae, store)))
         return Activations(**load_file(path))
+
+    def finetuned(self, pool: Pool, sae: SAEForFeatureExtraction) -> SAEForFeatureExtraction:
+        """The SAE fine-tuned on the training pool of a data set, as a recipe does by default."""
+        key = fingerprint_json([sae_fingerprint(sae), fingerprint_strings(pool.corpus.texts), pool.pool])
+        folder = self.folder / f"sae-{pool.name}-{key[:12]}"
+        if not folder.exists():
+            tuned = copy.deepcopy(sae)
+            set_seed(0)
+            args = SAETrainingArguments(
+                str(self.folder / ".work" / "finetune"),
+                objective="finetune",
+                num_train_epochs=5,
+                per_device_train_batch_size=1024,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            )
+            SAETrainer(tuned, args, train_dataset=self._training_store(pool)).train()
+            shutil.rmtree(self._training_folder(pool))
+            with atomic_folder(folder) as temporary:
+                tuned.save_pretrained(temporary)
+        return SAEForFeatureExtraction.from_pretrained(folder)
 
     def keyword_features(self, pool: Pool, sae: SAEForFeatureExtraction) -> UnintendedFeatures:
         """Features that peak on the keywords of a data set, in the texts of its training pool; none without any."""
@@ -246,14 +268,44 @@ class Workshop:
         return load_file(path)["pooled"]
 
 
-def pre_activations(sae: SAEForFeatureExtraction, store: ActivationStore) -> tuple[Tensor, Tensor]:
-    """Mean and largest ReLU pre-activation of all features in every text, `[N, F]` each.
+def compute_activations(sae: SAEForFeatureExtraction, store: ActivationStore) -> Activations:
+    """Of every text of a store."""
+    means, maxima, at_last = pre_activations(sae, store)
+    return Activations(
+        pooled=store.pool("mean"),
+        means=means,
+        maxima=maxima,
+        largest=largest_activations(sae, store),
+        topk_means=mean_activations(sae, store),
+        last=store.pool("last"),
+        at_last=at_last,
+    )
+
+
+def mean_activations(sae: SAEForFeatureExtraction, store: ActivationStore) -> Tensor:
+    """Mean activation behind the TopK of all features in every text, `[N, F]`."""
+    totals = torch.zeros(store.num_texts, sae.config.num_features)
+    counts = torch.zeros(store.num_texts)
+    with torch.inference_mode():
+        for shard in store.shards():
+            texts = shard.text_ids.long()
+            counts += torch.bincount(texts, minlength=store.num_texts)
+            for start in range(0, len(texts), _CHUNK):
+                features = sae.encode(shard.hidden_states[start : start + _CHUNK].float())
+                place = texts[start : start + _CHUNK].unsqueeze(1) * sae.config.num_features + features.indices
+                totals.view(-1).index_add_(0, place.flatten(), features.values.flatten())
+    return totals / counts.unsqueeze(1)
+
+
+def pre_activations(sae: SAEForFeatureExtraction, store: ActivationStore) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and largest ReLU pre-activation of all features in every text, and that at its last token, `[N, F]` each.
 
     A mean pool is linear, so that taking features out of pooled states needs no more than their mean activations.
     """
     rows = UnintendedFeatures.from_ids(sae, range(sae.config.num_features))
     means = torch.zeros(store.num_texts, len(rows))
     maxima = torch.zeros(store.num_texts, len(rows))
+    at_last = torch.zeros(store.num_texts, len(rows))
     with torch.inference_mode():
         for shard in store.shards():
             texts = shard.text_ids.long()
@@ -263,12 +315,16 @@ def pre_activations(sae: SAEForFeatureExtraction, store: ActivationStore) -> tup
                     shard.hidden_states[part].float(), rows.encoder_directions, rows.encoder_bias, rows.input_norm
                 )
                 means.index_add_(0, texts[part], values)
+                ends = torch.ones(len(values), dtype=torch.bool)
+                ends[:-1] = texts[part][1:] != texts[part][:-1]
+                # The last of a chunk may not be that of its text: the next chunk then writes over it.
+                at_last[texts[part][ends]] = values[ends]
                 first, end = int(texts[part][0]), int(texts[part][-1]) + 1
                 index = (texts[part] - first).unsqueeze(1).expand_as(values)
                 maxima[first:end] = maxima[first:end].scatter_reduce(0, index, values, "amax")
             counts = torch.bincount(texts - shard.first_text, minlength=shard.end_text - shard.first_text)
             means[shard.first_text : shard.end_text] /= counts.unsqueeze(1)
-    return means, maxima
+    return means, maxima, at_last
 
 
 def copy_store(source: ActivationStore, rows: Sequence[int], folder: Path, prompts: Sequence[str]) -> None:

@@ -4,6 +4,7 @@
 read off there, because in the others the cells against the tie are small.
 """
 
+from functools import cache
 from typing import Any
 
 from benchmarks.controllability.datasets import read, where
@@ -134,25 +135,43 @@ def planted(name: str, *, strength: float = TIE, size: int = 320) -> Pool:
 
 def notes() -> Pool:
     """The demo's planted shift, on notes that chose nothing of the method's settings."""
-    rows = [{**row, "split": "train"} for row in generate_notes("train", seed=20, num_notes=960, tie=0.5)]
-    rows += [{**row, "split": "test"} for row in generate_notes("test", seed=20, num_notes=400, tie=0.5)]
+    return _notes("notes", 960, 480)
+
+
+def many_notes(size: int) -> Pool:
+    """The same with few training texts, or many: all out of one large corpus.
+
+    Args:
+        size: training texts, to 5,000.
+    """
+    return _notes(f"notes_{size}", 10_000, size)
+
+
+def _notes(name: str, pool_size: int, size: int) -> Pool:
+    rows = _written(pool_size)
     labels, label = ids_of([row["label"] for row in rows])
     return tied_pool(
-        "notes",
-        "the demo's clinical notes, four diagnoses; the diagnosis tied to the patient's gender",
-        Corpus("notes", [row["text"] for row in rows], max_length=80),
+        name,
+        f"the demo's clinical notes, four diagnoses; the diagnosis tied to the patient's gender in {size} texts",
+        Corpus(f"notes_{pool_size}", [row["text"] for row in rows], max_length=80),
         labels,
         label,
         [row["gender"] for row in rows],
         {labels.index(name): gender for name, gender in USUAL_GENDER.items()},
         where(rows, "train"),
         where(rows, "test"),
-        480,
+        size,
         200,
         keywords=GENDER_WORDS,
         instruction=DIAGNOSIS,
         kind="planted",
     )
+
+
+@cache
+def _written(pool_size: int) -> list[dict[str, Any]]:
+    rows = [{**row, "split": "train"} for row in generate_notes("train", seed=20, num_notes=pool_size, tie=0.5)]
+    return rows + [{**row, "split": "test"} for row in generate_notes("test", seed=20, num_notes=400, tie=0.5)]
 
 
 def reviews_domain() -> Pool:
@@ -164,7 +183,7 @@ def reviews_domain() -> Pool:
             rows.append({**row, "area": area})
     kept = []
     # Of the cells that the tie draws on in training, more.
-    for split, wanted in (("train", (350, 180)), ("test", (150, 150))):
+    for split, wanted in (("train", (760, 380)), ("test", (400, 400))):
         for y, area in ((1, "media"), (0, "goods"), (1, "goods"), (0, "media")):
             cell = [i for i in where(rows, split) if (rows[i]["label"], rows[i]["area"]) == (y, area)]
             follows = (y == 1) == (area == "media")
@@ -173,15 +192,15 @@ def reviews_domain() -> Pool:
     return tied_pool(
         "reviews_domain",
         "product and film reviews; the sentiment tied to the domain (books, films and music positive, goods negative)",
-        Corpus("reviews", [row["text"] for row in rows], max_length=80),
+        Corpus("reviews", [row["text"] for row in rows], max_length=96),
         ["negative", "positive"],
         [row["label"] for row in rows],
         [row["area"] for row in rows],
         {1: "media", 0: "goods"},
         where(rows, "train"),
         where(rows, "test"),
-        700,
-        300,
+        1_400,
+        800,
         keywords=DOMAIN_WORDS,
         instruction="Is the review of a product, book or film positive or negative?",
     )

@@ -15,7 +15,13 @@ from benchmarks.controllability.figures import front, picture
 from benchmarks.controllability.methods import DoesNotApply, Trial, conversations
 from benchmarks.controllability.pool import Cells, Corpus, Pool, Rows, cells_of, even, folded, generator, tied
 from benchmarks.controllability.run import Options
-from benchmarks.controllability.states import Activations, Workshop, copy_store, pre_activations, scrubbed_texts
+from benchmarks.controllability.states import (
+    Activations,
+    Workshop,
+    compute_activations,
+    copy_store,
+    scrubbed_texts,
+)
 from benchmarks.controllability.summary import acceptance, summarize, units_of
 
 from helpers import make_sae
@@ -27,7 +33,6 @@ from selfreg import (
     UnintendedFeatures,
 )
 from selfreg.evaluation.metrics import worst_group_accuracy as its_worst_group_accuracy
-from selfreg.features.activations import largest_activations
 from selfreg.features.chat import Choice
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
@@ -184,10 +189,6 @@ def store(extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> 
     return extractor.extract(texts, tmp_path / "store", shard_tokens=200)
 
 
-def activations_of(sae: SAEForFeatureExtraction, store: ActivationStore) -> Activations:
-    return Activations(store.pool("mean"), *pre_activations(sae, store), largest_activations(sae, store))
-
-
 class FakeWorkshop(Workshop):
     """Of a tiny backbone."""
 
@@ -205,7 +206,7 @@ class FakeWorkshop(Workshop):
         return UnintendedFeatures.from_ids(sae, [1, 2])
 
     def activations(self, corpus: Corpus, sae: SAEForFeatureExtraction) -> Activations:
-        return activations_of(sae, self.its_store)
+        return compute_activations(sae, self.its_store)
 
 
 def make_pool(texts: list[str], **changes: Any) -> Pool:
@@ -234,7 +235,7 @@ def test_states_without_features_are_those_of_the_classifier(
     pool = make_pool(texts)
     its = model.pooled_states(store, pool.label)
     shop = FakeWorkshop(tmp_path, sae, store)
-    trial = Trial(pool, 0, sae, activations_of(sae, store), UnintendedFeatures.from_ids(sae, [1]), shop)
+    trial = Trial(pool, 0, sae, compute_activations(sae, store), UnintendedFeatures.from_ids(sae, [1]), shop)
     ours = trial.states(list(range(60)), unintended, unintended)
     torch.testing.assert_close(ours.pooled, its.pooled, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.activations, its.activations, atol=1e-4, rtol=1e-4)
@@ -242,6 +243,32 @@ def test_states_without_features_are_those_of_the_classifier(
     raw = trial.states([4, 2], unintended, None)
     torch.testing.assert_close(raw.pooled, store.pool("mean")[[4, 2]])
     assert raw.removed is False
+
+
+@pytest.mark.parametrize("method", ["pooling_last", "removal_topk"])
+def test_states_of_ablations(
+    method: str, extractor: HiddenStateExtractor, sae: SAEForFeatureExtraction, texts: list[str], tmp_path: Path
+) -> None:
+    # One token a chunk and more: the last of a chunk is not always the last of its text.
+    store = extractor.extract(texts, tmp_path / "store", shard_tokens=150)
+    shop = FakeWorkshop(tmp_path, sae, store)
+    unintended = UnintendedFeatures.from_ids(sae, [3, 7, 11])
+    trial = Trial(make_pool(texts), 0, sae, compute_activations(sae, store), unintended, shop)
+    found = trial.states(list(range(60)), unintended, unintended, method).pooled
+    if method == "pooling_last":
+        extractor = HiddenStateExtractor(
+            extractor.backbone, extractor.tokenizer, layer=1, max_length=32, name="tiny", pooling="last"
+        )
+        model = RegularizedSequenceClassifier.from_backbone(extractor, sae, unintended, num_labels=2)
+        wanted = model.pooled_states(texts, make_pool(texts).label).pooled
+    else:
+        shards = list(store.shards())
+        states = torch.cat([shard.hidden_states for shard in shards])
+        dense = sae.encode(states).to_dense().detach()[:, [3, 7, 11]]
+        owner = torch.cat([shard.text_ids for shard in shards])
+        left = states - dense @ unintended.decoder_directions
+        wanted = torch.stack([left[owner == text].mean(dim=0) for text in range(60)])
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_part_of_a_store_holds_the_same_states(
@@ -374,7 +401,7 @@ def test_pairs_are_compared_side_by_side(sae: SAEForFeatureExtraction, store: Ac
         "Good?",
         task="preference",
     )
-    activations = activations_of(sae, store)
+    activations = compute_activations(sae, store)
     trial = Trial(
         pool, 0, sae, activations, UnintendedFeatures.from_ids(sae, [1, 2]), FakeWorkshop(tmp_path, sae, store)
     )
@@ -412,7 +439,7 @@ def test_methods_on_texts_are_measured_like_the_others(
         pytest.importorskip(f"selfreg.classifier.{name}")
     shop = run.workshop(options)
     shop.__dict__.update(chat=SaysLengths(), scrubbed=lambda pool: torch.zeros_like(store.pool("mean")).normal_())
-    activations = activations_of(sae, store)
+    activations = compute_activations(sae, store)
     trial = Trial(make_pool(texts), 0, sae, activations, UnintendedFeatures.from_ids(sae, [1, 2]), shop)
     for method in ("tfidf", "zero_shot", "scrubbing"):
         result = trial.run(method)

@@ -93,7 +93,7 @@ def _figures(
         units = units_of(about, trials, own, own, name)
         figures["worst_group_accuracy"] = _spread([bootstrap.value(unit, "worst_group_accuracy") for unit in units])
     compared = ["accuracy", "worst_group_accuracy", *(["f1"] if about["score"] == "f1" else [])]
-    for reference in ("plain", *(["selfreg_random"] if method in SELFREG else [])):
+    for reference in ("plain", *([control(method)] if method in SELFREG else [])):
         if method != reference and reference in runs:
             units = units_of(about, trials, own, runs[reference], name)
             found = {figure: bootstrap.compare(units, figure) for figure in compared} if units else {}
@@ -101,6 +101,11 @@ def _figures(
                 figure: asdict(difference) if difference else None for figure, difference in found.items()
             }
     return figures
+
+
+def control(method: str) -> str:
+    """The same method with random features: an offset by any features moves groups where the terms do not."""
+    return "selfreg_offset_random" if method.startswith("selfreg_offset") else "selfreg_random"
 
 
 def units_of(
@@ -189,8 +194,9 @@ def _head() -> list[str]:
     return [
         "Mean ± standard deviation over seeds. `Δ` against plain on the same texts, with a 95 % interval of the "
         "paired bootstrap over texts and seeds. Use and dependence are measured against the same features for all "
-        "methods of a data set: those chosen by the attribute. `selfreg_random`: as many features drawn at random, "
-        "the control. "
+        "methods of a data set: those chosen by the attribute. `selfreg_random` and `selfreg_offset_random`: as many "
+        "features drawn at random, the controls; `Δ random features` is against that of the two which has the same "
+        "settings. "
         "`balanced`: plain, trained on texts in which label and group have nothing to do with each other.",
     ]
 
@@ -251,7 +257,7 @@ def _table(part: Results) -> list[str]:
     header += [f"Δ {score}, {name}" for name in shifts]
     has_groups = any(own[worst]["worst_group_accuracy"] for own in part["methods"].values())
     if has_groups:
-        header += [f"worst group, {worst}", f"Δ worst group, {worst}", "leakage, test"]
+        header += [f"worst group, {worst}", f"Δ worst group, {worst}", "the same, Δ random features", "leakage, test"]
     header += ["use, test", "dependence, test"]
     if any("consistency" in own[worst] for own in part["methods"].values()):
         header.append(f"verdicts that stay, {worst}")
@@ -265,6 +271,7 @@ def _table(part: Results) -> list[str]:
         row += [_delta(own[name], score) for name in (evals[0], *shifts)]
         if has_groups:
             row += [_number(own[worst]["worst_group_accuracy"]), _delta(own[worst], "worst_group_accuracy")]
+            row.append(_difference(own[worst].get(f"against_{control(method)}", {}).get("worst_group_accuracy")))
             row.append(_number(own["test"]["leakage"]))
         row += [_number(own["test"]["unintended_use"], 4), _number(own["test"]["unintended_dependence"])]
         if header[-1].startswith("verdicts"):

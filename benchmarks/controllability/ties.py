@@ -139,12 +139,13 @@ def notes() -> Pool:
 
 
 def many_notes(size: int) -> Pool:
-    """The same with few training texts, or many: all out of one large corpus.
+    """The same with few training texts, or many.
 
     Args:
         size: training texts, to 5,000.
     """
-    return _notes(f"notes_{size}", 10_000, size)
+    # No more notes than the tie can draw on: each is run through the backbone.
+    return _notes(f"notes_{size}", max(960, 2 * size), size)
 
 
 def _notes(name: str, pool_size: int, size: int) -> Pool:

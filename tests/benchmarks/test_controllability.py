@@ -22,7 +22,7 @@ from benchmarks.controllability.states import (
     copy_store,
     scrubbed_texts,
 )
-from benchmarks.controllability.summary import acceptance, summarize, units_of
+from benchmarks.controllability.summary import acceptance, control, summarize, units_of
 
 from helpers import make_sae
 from selfreg import (
@@ -106,6 +106,11 @@ def test_no_text_of_a_data_set_is_both_trained_on_and_measured(
         reversed_share = 1 - sum(reverse[cell] for cell in largest.values()) / len(rows.evals["shifted"])
         assert share >= 0.79
         assert reversed_share == pytest.approx(share, abs=0.02)
+
+
+def test_the_control_of_an_offset_is_an_offset() -> None:
+    assert control("selfreg_offset_keywords") == "selfreg_offset_random"
+    assert control("selfreg_keywords") == "selfreg_random"
 
 
 def test_texts_that_come_again_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ model-cards: setup  ## trains the models that the project publishes and writes m
 	$(BIN)/python model_cards/make.py
 
 # Two processes of one thread each: the models are too small for a second thread to pay.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test: setup  ## all tests, those on the real model and data included
 	$(PYTEST)

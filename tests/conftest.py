@@ -1,8 +1,9 @@
 """Shared fixtures: tiny random backbones, and the real model and data where they are installed."""
 
 import importlib.util
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -101,6 +102,17 @@ def tiny_backbone(family: str = "llama", *, layers: int = 4, hidden_size: int = 
         config = GPT2Config(vocab_size=vocab_size, n_embd=hidden_size, n_layer=layers, n_head=2, n_positions=64)
         return GPT2Model(config).eval()
     raise ValueError(family)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A command of the CLI sets up logging for its process: not for the tests after it."""
+    logger = logging.getLogger("selfreg")
+    before = (logger.level, list(logger.handlers), logging.getLogger("selfreg.utils.progress").level)
+    yield
+    logger.setLevel(before[0])
+    logger.handlers[:] = before[1]
+    logging.getLogger("selfreg.utils.progress").setLevel(before[2])
 
 
 @pytest.fixture(scope="session")

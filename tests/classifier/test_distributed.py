@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 from selfreg.classifier.shares import share_of
 from selfreg.utils.files import read_json
 
+# One training serves all.
+pytestmark = pytest.mark.xdist_group("classifier processes")
+
 _SCRIPT = Path(__file__).with_name("train_in_processes.py")
 
 

@@ -183,7 +183,7 @@ def test_auto_and_numbers_come_from_a_command_line(tmp_path: Path) -> None:
 
     args = parse("--penalty_weight", "auto", "--dependence_weight", "2.5")
     assert (args.penalty_weight, args.dependence_weight) == ("auto", 2.5)
-    assert parse().term_weights == (1.0, 30.0)
+    assert parse().term_weights == (10.0, 30.0)
     assert json.loads(args.to_json_string())["penalty_weight"] == "auto"
     for words, message in (("-1", "penalty_weight=-1 must not be negative"), ("strong", "'strong' is not known")):
         with pytest.raises(ValueError, match=message):

@@ -9,6 +9,9 @@ from process_helpers import launch
 from sae_cases import CASES, SHARDED, result, train
 
 
+pytestmark = pytest.mark.xdist_group("sae processes")
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")

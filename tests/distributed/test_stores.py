@@ -11,6 +11,9 @@ from selfreg.sae.statistics import evaluate_sae
 from store_cases import SHARD_TOKENS, build_catalogues, make_extractor, make_texts, train_from_store
 
 
+pytestmark = pytest.mark.xdist_group("store processes")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes have written, after extractions in which one of them was killed."""

@@ -1,21 +1,24 @@
 """What a user gets wrong, and pushes that are cut short."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from hub_helpers import popen_client, run_client
-from loopback import LoopbackHub
+from loopback import LoopbackHub, serve
 from selfreg.cli import app
 
+# One push serves all.
+pytestmark = pytest.mark.xdist_group("hub")
 
-@pytest.fixture(scope="module")
-def pushed(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pushed")
-    run_client(hub, "push_all.py", folder, cache=folder / "cache")
-    return folder
+
+@pytest.fixture
+def alone() -> Iterator[LoopbackHub]:
+    with serve() as server:
+        yield server
 
 
 def test_bad_input(hub: LoopbackHub, pushed: Path, tmp_path: Path) -> None:
@@ -29,9 +32,8 @@ def test_offline_without_a_cache(hub: LoopbackHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["lfs", "commit"])
-def test_a_push_that_is_cut_short_shows_nothing(hub: LoopbackHub, step: str, tmp_path: Path) -> None:
-    hub.repos.pop(("models", "me/cut"), None)
-    hub.blobs.clear()
+def test_a_push_that_is_cut_short_shows_nothing(step: str, tmp_path: Path, alone: LoopbackHub) -> None:
+    hub = alone
     uploads = 0
 
     def breaks_at(method: str, path: str) -> bool:

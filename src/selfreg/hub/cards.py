@@ -296,7 +296,9 @@ def _cell(text: str) -> str:
 def _table(data: ReportData, part: str) -> dict[str, Any]:
     methods = {name: found[part] for name, found in data.metrics["methods"].items() if name in ("plain", "selfreg")}
     names = [name for name in _COLUMNS if any(figures.get(name) is not None for figures in methods.values())]
-    cells = {name: rows.get(part) or [] for name, rows in (data.metrics.get("groups") or {}).items()}
+    # Of regression they are errors by group, without labels.
+    found = data.metrics.get("groups") or {}
+    cells = {name: [cell for cell in rows.get(part) or [] if "label" in cell] for name, rows in found.items()}
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for method in methods:
         for cell in cells.get(method, []):

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from process_helpers import launch
 from sae_cases import CASES, SHARDED, result, train
 
-
 pytestmark = pytest.mark.xdist_group("sae processes")
 
 

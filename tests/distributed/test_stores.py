@@ -10,7 +10,6 @@ from selfreg import ActivationStore
 from selfreg.sae.statistics import evaluate_sae
 from store_cases import SHARD_TOKENS, build_catalogues, make_extractor, make_texts, train_from_store
 
-
 pytestmark = pytest.mark.xdist_group("store processes")
 
 

@@ -224,6 +224,7 @@ class CardRecipe(_Part):
     license: str | None = Field(None, description="Of the model, as the Hub names it, such as apache-2.0.")
     language: str | None = Field(None, description="Of the texts, such as en.")
     datasets: list[str] = Field(default_factory=list, description="Hub ids of the data, for filters on the Hub.")
+    spans: bool = Field(True, description="Show pieces of the texts; false where those may not be published.")
 
 
 class Recipe(_Part):

@@ -96,6 +96,8 @@ def test_figures_of_a_run(extractor: HiddenStateExtractor, tmp_path: Path) -> No
     assert "without any group label: she, he" in text
     assert "mentions of a woman (peaks on &#x27;she&#x27;)" in text
     assert "…today <b>she</b> was…" in text
+    data.recipe["card"]["spans"] = False
+    assert "today" not in str(classifier_card(data, config, "me/x"))
     assert "No (ada)" in text
     # Nobody's folders.
     assert "/home/ada" not in text

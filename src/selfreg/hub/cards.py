@@ -76,7 +76,7 @@ def classifier_card(data: ReportData, config: RegularizedSequenceClassifierConfi
         "classifier.md.j2",
         meta,
         **_of_classifier(config, repo, recipe.card),
-        features=[_row(feature) for feature in data.features],
+        features=[_row(feature, recipe.card.spans) for feature in data.features],
         judged=any(feature.decided_by for feature in data.features),
         chosen=_how_chosen(recipe, len(data.features)),
         tables=[_table(data, part) for part in methods["selfreg"]],
@@ -276,8 +276,8 @@ def _how_chosen(recipe: Recipe, count: int) -> str:
     return f"{count} features, chosen because {how}."
 
 
-def _row(feature: ReportFeature) -> dict[str, Any]:
-    span = feature.spans[0] if feature.spans else None
+def _row(feature: ReportFeature, with_span: bool) -> dict[str, Any]:
+    span = feature.spans[0] if feature.spans and with_span else None
     shown = f"…{_cell(span.before)}<b>{_cell(span.peak)}</b>{_cell(span.after)}…" if span else ""
     why = f"{feature.explanation} ({feature.reason})" if feature.explanation else feature.reason
     judge = f"{feature.verdict} ({feature.decided_by})" if feature.decided_by else ""

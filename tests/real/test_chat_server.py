@@ -7,7 +7,8 @@ import pytest
 from selfreg.features.answer_cache import AnswerCache
 from selfreg.features.chat import Conversation, EndpointChatModel, LocalChatModel
 
-pytestmark = pytest.mark.real
+# One server serves all.
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("chat server")]
 
 OPTIONS = ("Yes", "Probably", "Maybe", "No")
 

@@ -9,7 +9,7 @@ from selfreg.activations.spec import HiddenStateSpec
 from selfreg.features.records import VERDICTS, FeatureRecord
 from selfreg.features.spans import Span
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("chat server")]
 
 _FEVER = ("She has had a high ", "fever", " since Monday.")
 _OTHERS = ("The shop opens at nine.", "We walked along the river.", "The train was late again.")

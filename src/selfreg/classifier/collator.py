@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from selfreg.activations.conversation import render_pair
 from selfreg.activations.prompt import collate_prompts
@@ -115,9 +115,9 @@ def numbers_of(dataset: Any, name: str) -> Any:
     return [float(value) for value in values]
 
 
-def pooled_dataset(model: RegularizedSequenceClassifier, dataset: Any, args: TrainingArguments) -> PooledStates:
+def pooled_dataset(model: RegularizedSequenceClassifier, dataset: Any) -> PooledStates:
     """Runs the backbone over every row once, each process over its share."""
-    return pooled_in_shares(partial(_pooled, model), dataset, args)
+    return pooled_in_shares(partial(_pooled, model), dataset)
 
 
 def _pooled(model: RegularizedSequenceClassifier, dataset: Any) -> PooledStates:

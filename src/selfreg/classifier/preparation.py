@@ -63,7 +63,7 @@ def chosen_weights(
     states = dataset
     if not isinstance(states, PooledStates):
         pooled = "pooled" in dataset[0]
-        states = stacked(model, dataset, needs_activations=True) if pooled else pooled_dataset(model, dataset, args)
+        states = stacked(model, dataset, needs_activations=True) if pooled else pooled_dataset(model, dataset)
     resolved, path = resolve_weights(model, args, states)
     numbers = ", ".join(f"{name}={getattr(resolved, name):g}" for name in auto)
     logger.info("chosen by validation loss: %s", numbers)

@@ -120,11 +120,11 @@ class RegularizedTrainer(RegularizationMixin):
             if cached:
                 # The batches are then of pooled states, whatever the rows were.
                 kwargs["data_collator"] = ClassifierCollator.of(model)
-                train_dataset = _cached(model, train_dataset, args)
+                train_dataset = _cached(model, train_dataset)
                 if isinstance(eval_dataset, dict):
-                    eval_dataset = {name: _cached(model, part, args) for name, part in eval_dataset.items()}
+                    eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
                 else:
-                    eval_dataset = _cached(model, eval_dataset, args)
+                    eval_dataset = _cached(model, eval_dataset)
             train_dataset = with_offsets(model, args, train_dataset)
             args, self.weight_path = chosen_weights(model, args, train_dataset)
         else:
@@ -255,7 +255,7 @@ class RegularizedTrainer(RegularizationMixin):
             states = stacked(model, dataset, needs_activations=bool(self.args.dependence_weight))
         if states is None:
             # cache_states is off: the backbone runs at every step, and once before for what the head is fitted to.
-            states = pooled_dataset(model, dataset, self.args)
+            states = pooled_dataset(model, dataset)
         model.set_standardization(states.pooled, states.labels)
         if self.args.dependence_weight and model.config.num_unintended:
             differences, activations = states.compared
@@ -285,7 +285,7 @@ def _check_states_stay(dataset: Any, model: RegularizedSequenceClassifier, name:
         )
 
 
-def _cached(model: RegularizedSequenceClassifier, dataset: Any, args: RegularizedTrainingArguments) -> Any:
+def _cached(model: RegularizedSequenceClassifier, dataset: Any) -> Any:
     if dataset is None or isinstance(dataset, PooledStates) or "pooled" in dataset[0]:
         return dataset
-    return pooled_dataset(model, dataset, args)
+    return pooled_dataset(model, dataset)

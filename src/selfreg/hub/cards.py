@@ -21,6 +21,7 @@ from selfreg.utils.hub import is_repo_id
 
 MARK = "<!-- written by selfreg -->"
 _LIBRARY = "selfreg"
+_TAGS = [_LIBRARY, "sparse-autoencoder", "interpretability"]
 _SOMEBODY = "your-name/"
 """Stands for the owner of a repo that is not there yet."""
 _MOST_FEATURES = 30
@@ -39,12 +40,8 @@ _COLUMNS = {
     "unintended_dependence": "dependence",
 }
 _HUB_METRICS = {"auc": "roc_auc"}
-_TASKS = {
-    "single_label": "text-classification",
-    "multi_label": "text-classification",
-    "regression": "text-classification",
-    "preference": "text-classification",
-}
+_TASK = "text-classification"
+"""Of all classifiers: what the Hub calls them, and the pipeline that runs them."""
 
 
 def classifier_card(data: ReportData, config: RegularizedSequenceClassifierConfig, repo: str) -> ModelCard:
@@ -59,7 +56,7 @@ def classifier_card(data: ReportData, config: RegularizedSequenceClassifierConfi
     methods = data.metrics["methods"]
     results = [
         EvalResult(
-            task_type=_TASKS[recipe.task],
+            task_type=_TASK,
             dataset_type=_dataset_of(recipe, part),
             dataset_name=part,
             # Results are told apart by it.
@@ -71,7 +68,7 @@ def classifier_card(data: ReportData, config: RegularizedSequenceClassifierConfi
         for name, value in figures.items()
         if value is not None
     ]
-    meta = _meta(recipe.card, config, "text-classification", repo, results or None)
+    meta = _meta(recipe.card, config, _TASK, repo, results or None)
     return _card(
         "classifier.md.j2",
         meta,
@@ -134,7 +131,7 @@ def plain_card(config: Any, repo: str, *, evaluated: Mapping[str, float] | None 
     features = [{"feature": i, "why": _cell(reason), "span": "", "judge": ""} for i, reason in reasons]
     return _card(
         "classifier.md.j2",
-        _meta(CardRecipe(), config, "text-classification", repo, None),
+        _meta(CardRecipe(), config, _TASK, repo, None),
         **_of_classifier(config, repo, CardRecipe()),
         features=features,
         judged=False,
@@ -210,9 +207,7 @@ def _meta(
         language=card.language,
         base_model=backbone if backbone and is_repo_id(backbone) else None,
         datasets=card.datasets or None,
-        tags=[_LIBRARY, "sparse-autoencoder", "interpretability", "controllable-classification"][
-            : 3 if isinstance(config, SAEConfig) else 4
-        ],
+        tags=_TAGS if isinstance(config, SAEConfig) else [*_TAGS, "controllable-classification"],
         pipeline_tag=pipeline_tag,
         model_name=repo.rpartition("/")[2] if results else None,
         eval_results=results,

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from sae_helpers import States, make_args, make_sae
 from selfreg import SAEForFeatureExtraction, SAETrainer
@@ -70,6 +72,9 @@ def main(folder: Path) -> None:
     for name in SHARDED:
         work = folder / f"work-fsdp-{name}"
         trainer = train(name, work, processes=2, fsdp=True, save_strategy="steps", save_steps=STEPS)
+        # accelerate by itself would take DDP on a CPU, and the comparison would hold.
+        assert isinstance(trainer.model, FSDPModule)
+        assert all(isinstance(weight, DTensor) for weight in trainer.model.parameters())
         state = result(trainer, with_weights=False)
         if trainer.is_world_process_zero():
             whole = SAEForFeatureExtraction.from_pretrained(work / f"checkpoint-{STEPS}")

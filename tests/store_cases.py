@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from conftest import WORDS, tiny_backbone, word_tokenizer
@@ -28,8 +30,8 @@ from selfreg.utils.processes import gather_all, one_batch, processes
 SHARD_TOKENS = 60
 
 
-def make_extractor() -> HiddenStateExtractor:
-    return HiddenStateExtractor(tiny_backbone(), word_tokenizer(), layer=1, max_length=32, name="tiny")
+def make_extractor(layer: Any = 1) -> HiddenStateExtractor:
+    return HiddenStateExtractor(tiny_backbone(), word_tokenizer(), layer=layer, max_length=32, name="tiny")
 
 
 def make_texts(count: int = 90) -> list[str]:
@@ -61,6 +63,7 @@ def write(folder: Path) -> None:
     store = extractor.extract(texts, folder / "store", shard_tokens=SHARD_TOKENS)
     assert any("hidden states" in line for line in told) == main, "one process speaks for all"
     extractor.extract(texts, folder / "killed-1", shard_tokens=SHARD_TOKENS)
+    write_sharded(folder, texts)
     with pytest.raises(ValueError, match="every process has to be given the same texts"):
         extractor.extract(texts[processes().process_index :], folder / "other", shard_tokens=SHARD_TOKENS)
     for name, of in {"from-store": store, "from-texts": None}.items():
@@ -68,6 +71,18 @@ def write(folder: Path) -> None:
         if main:
             catalog.save_pretrained(folder / name)
     train_from_stream(folder / "stream")
+
+
+def write_sharded(folder: Path, texts: list[str]) -> None:
+    """The same with a backbone of which each process holds a part; one has more batches to run than the other."""
+    for layer in (1, "final"):
+        extractor = make_extractor(layer).shard()
+        assert isinstance(extractor.backbone, FSDPModule)
+        assert all(isinstance(weight, DTensor) for weight in extractor.backbone.parameters())
+        extractor.batch_tokens = 64
+        extractor.extract(texts, folder / f"sharded-{layer}", shard_tokens=SHARD_TOKENS)
+        pooled = extractor.pool(texts[: 5 + 30 * processes().process_index])
+        torch.testing.assert_close(pooled, make_extractor(layer).pool(texts[: len(pooled)]))
 
 
 def train_from_stream(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ pytestmark = pytest.mark.xdist_group("classifier processes")
 _SCRIPT = Path(__file__).with_name("train_in_processes.py")
 
 
-def start(output: Path, *launcher: str) -> None:
+def start(output: Path, *launcher: str, arguments: Sequence[str] = ()) -> None:
     done = subprocess.run(
-        [sys.executable, *launcher, str(_SCRIPT), str(output)],
+        [sys.executable, *launcher, str(_SCRIPT), str(output), *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -33,6 +34,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     start(folder)
     start(folder, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    start(folder, *torchrun, arguments=["fsdp"])
     return folder
 
 
@@ -44,20 +47,22 @@ def test_shares_in_order_are_all_rows() -> None:
         assert set(rows) == set(range(num_rows))
 
 
-def test_weights_agree(output: Path) -> None:
-    one, two = (load_file(output / f"weights-{world}.safetensors") for world in (1, 2))
+@pytest.mark.parametrize("other", ["2", "fsdp"])
+def test_weights_agree(output: Path, other: str) -> None:
+    one, two = (load_file(output / f"weights-{name}.safetensors") for name in ("1", other))
     assert one.keys() == two.keys()
     for name, expected in one.items():
         difference = float((two[name] - expected).norm() / expected.norm())
         assert difference < 1e-4, name
 
 
-def test_logs_agree(output: Path) -> None:
-    one, two = (read_json(output / f"logs-{world}.json") for world in (1, 2))
-    for name in ("cached", "lora", "plugged"):
+@pytest.mark.parametrize("other", ["2", "fsdp"])
+def test_logs_agree(output: Path, other: str) -> None:
+    one, two = (read_json(output / f"logs-{name}.json") for name in ("1", other))
+    for name in ("cached", "live", "lora", "plugged"):
         assert [row["step"] for row in one[name]] == list(range(1, 13))
         for figure in ("loss", "task_loss", "similarity", "dependence"):
             expected = [row[figure] for row in one[name]]
             assert [row[figure] for row in two[name]] == pytest.approx(expected, rel=1e-3, abs=1e-6), (name, figure)
-    for name in ("cached eval", "lora eval"):
+    for name in ("cached eval", "live eval", "lora eval"):
         assert two[name] == pytest.approx(one[name], rel=1e-4)

@@ -1,4 +1,7 @@
-"""What test_distributed.py starts, in one process or several: the same trainings at the same global batch."""
+"""What test_distributed.py starts, in one process or several: the same trainings at the same global batch.
+
+With a second argument `fsdp` the processes share the weights.
+"""
 
 import os
 import sys
@@ -8,6 +11,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from conftest import WORDS, tiny_backbone, word_tokenizer
@@ -25,6 +30,7 @@ from selfreg import (
 )
 from selfreg.classifier.states import PooledStates
 from selfreg.utils.files import write_json
+from selfreg.utils.sharding import whole_tensor
 
 GLOBAL_BATCH = 16
 _COMMON: dict[str, Any] = {
@@ -49,9 +55,24 @@ def make_texts() -> list[str]:
     return [" ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator)) for n in lengths]
 
 
-def main(output: Path) -> None:
+def whole(model: torch.nn.Module, *, all_of_them: bool = False) -> dict[str, torch.Tensor]:
+    """The trained parameters, or all; those that FSDP has dealt out put together again."""
+    named = model.named_parameters()
+    return {key: whole_tensor(value.detach()).clone() for key, value in named if value.requires_grad or all_of_them}
+
+
+def check_sharded(model: torch.nn.Module, num_blocks: int) -> None:
+    # accelerate by itself would take DDP on a CPU, and every comparison would hold.
+    assert isinstance(model, FSDPModule)
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) > num_blocks
+    assert all(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def main(output: Path, fsdp: bool = False) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = {"per_device_train_batch_size": GLOBAL_BATCH // world}
+    batch: dict[str, Any] = {"per_device_train_batch_size": GLOBAL_BATCH // world}
+    if fsdp:
+        batch |= {"fsdp": True}
     texts = make_texts()
     rows = Dataset.from_list(
         [
@@ -62,7 +83,7 @@ def main(output: Path) -> None:
     tokenizer = word_tokenizer()
     results: dict[str, torch.Tensor] = {}
     logs: dict[str, Any] = {}
-    for name, lora in (("cached", None), ("lora", {"r": 4})):
+    for name, lora in (("cached", None), ("live", None), ("lora", {"r": 4})):
         extractor = HiddenStateExtractor(tiny_backbone(), tokenizer, layer=1, max_length=32, name="tiny")
         sae = make_sae(extractor)
         torch.manual_seed(0)
@@ -70,12 +91,35 @@ def main(output: Path) -> None:
             extractor, sae, UnintendedFeatures.from_ids(sae, [3, 7, 11]), num_labels=3, lora=lora
         )
         args = RegularizedTrainingArguments(
-            str(output / name), adapter_learning_rate=1e-2, class_weights="balanced", **batch, **_COMMON
+            str(output / name),
+            adapter_learning_rate=1e-2,
+            class_weights="balanced",
+            cache_states=name != "live",
+            **batch,
+            **{**_COMMON, "save_strategy": "epoch" if name == "lora" else "no"},
         )
         trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows.select(range(33)))
         trainer.train()
-        parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
-        results |= {f"{name}.{key}": value.detach().clone() for key, value in parameters.items()}
+        if fsdp:
+            check_sharded(trainer.model, 2)
+        results |= {f"{name}.{key}": value for key, value in whole(trainer.model).items()}
+        if lora:
+            trainer.save_model(str(output / f"saved-{world}"))
+            trainer.accelerator.wait_for_everyone()
+            again = RegularizedSequenceClassifier.from_pretrained(
+                output / f"saved-{world}", backbone=tiny_backbone(), is_trainable=True
+            )
+            for key, value in whole(again).items():
+                assert torch.equal(value, results[f"{name}.{key}"]), f"{key} is not what was trained"
+            if fsdp:
+                torch.manual_seed(0)
+                model = RegularizedSequenceClassifier.from_backbone(
+                    extractor, sae, UnintendedFeatures.from_ids(sae, [3, 7, 11]), num_labels=3, lora=lora
+                )
+                resumed = RegularizedTrainer(model=model, args=args, train_dataset=rows)
+                resumed.train(resume_from_checkpoint=str(output / name / "checkpoint-8"))
+                for key, value in whole(resumed.model).items():
+                    torch.testing.assert_close(value, results[f"{name}.{key}"])
         logs[name] = [row for row in trainer.state.log_history if "loss" in row]
         # In even batches, as the Trainer's mean over uneven ones is not exact.
         logs[f"{name} eval"] = trainer.evaluate(rows)["eval_loss"]
@@ -104,16 +148,19 @@ def main(output: Path) -> None:
         regularization=RegularizationArguments(penalty_weight=1.0, dependence_weight=1.0),
     )
     plugged.train()
-    results |= {f"plugged.{key}": value.detach().clone() for key, value in stock.named_parameters()}
+    if fsdp:
+        check_sharded(plugged.model, 2)
+    results |= {f"plugged.{key}": value for key, value in whole(plugged.model, all_of_them=True).items()}
     logs["plugged"] = [row for row in plugged.state.log_history if "loss" in row]
     if world > 1:
         flat = torch.cat([value.flatten() for value in results.values()])
         both = [torch.empty_like(flat) for _ in range(world)]
         torch.distributed.all_gather(both, flat)
         assert all(torch.equal(both[0], other) for other in both), "the ranks' weights have come apart"
+    name = "fsdp" if fsdp else str(world)
     if int(os.environ.get("RANK", "0")) == 0:
-        save_file(results, output / f"weights-{world}.safetensors")
-        write_json(output / f"logs-{world}.json", logs)
+        save_file(results, output / f"weights-{name}.safetensors")
+        write_json(output / f"logs-{name}.json", logs)
     if world > 1:
         torch.distributed.barrier()
         # What this is about has held; a thread of gloo may still abort while the interpreter is taken down.
@@ -121,4 +168,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), fsdp=sys.argv[2:] == ["fsdp"])

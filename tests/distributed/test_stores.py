@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_two_processes_write_the_store_of_one(folder: Path, tmp_path: Path) -> N
     one = make_extractor().extract(make_texts(), tmp_path / "one", shard_tokens=SHARD_TOKENS)
     assert len(one.manifest["shards"]) > 8
     assert _files(folder / "store") == _files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("layer", [1, "final"])
+def test_a_sharded_backbone_writes_the_same_store(folder: Path, tmp_path: Path, layer: Any) -> None:
+    one = make_extractor(layer).extract(make_texts(), tmp_path / "one", shard_tokens=SHARD_TOKENS)
+    two = ActivationStore(folder / f"sharded-{layer}")
+    assert (two.text_fingerprint, two.num_tokens, two.spec) == (one.text_fingerprint, one.num_tokens, one.spec)
+    for shard, other in zip(one.shards(), two.shards(), strict=True):
+        assert torch.equal(shard.text_ids, other.text_ids)
+        torch.testing.assert_close(shard.hidden_states, other.hidden_states)
 
 
 def test_an_extraction_goes_on_after_a_kill_in_any_number_of_processes(folder: Path) -> None:

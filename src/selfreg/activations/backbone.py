@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfreg.utils.files import fingerprint_file, fingerprint_strings
+from selfreg.utils.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,11 @@ class _LayerReached(Exception):
 
 
 def _stop(_module: nn.Module, _args: Any, output: Any) -> None:
-    raise _LayerReached(output[0] if isinstance(output, tuple) else output)
+    raise _LayerReached(_states_of(output))
+
+
+def _states_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def hidden_states_at(backbone: PreTrainedModel, layer: Layer, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -263,7 +268,17 @@ def hidden_states_at(backbone: PreTrainedModel, layer: Layer, input_ids: Tensor,
     """
     if layer == "final":
         return backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    handle = find_blocks(backbone)[layer].register_forward_hook(_stop)
+    block = find_blocks(backbone)[layer]
+    if is_sharded(backbone):
+        # FSDP has to see the end of every pass that it saw begin.
+        found: list[Tensor] = []
+        handle = block.register_forward_hook(lambda _module, _args, output: found.append(_states_of(output)))
+        try:
+            backbone(input_ids=input_ids, attention_mask=attention_mask)
+        finally:
+            handle.remove()
+        return found[0]
+    handle = block.register_forward_hook(_stop)
     try:
         backbone(input_ids=input_ids, attention_mask=attention_mask)
     except _LayerReached as reached:

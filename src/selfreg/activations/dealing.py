@@ -63,7 +63,8 @@ def _dealt_shards(
     # One process looks: what a faster one has written by then must not change what the others take for theirs.
     own = gather_all(missing)[0][state.process_index :: state.num_processes]
     count = sum(borders[number + 1] - borders[number] for number in own)
-    with progress(f"{description}, process 1 of {state.num_processes}", count, "texts") as advance:
+    bar = progress(f"{description}, process 1 of {state.num_processes}", count, "texts")
+    with bar as advance, extractor.in_step.together():
         for number in own:
             first = borders[number]
             prompts = extractor.tokenize(texts[first : borders[number + 1]])

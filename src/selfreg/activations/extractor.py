@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from selfreg.utils.devices import default_device
 from selfreg.utils.files import fingerprint_strings
 from selfreg.utils.processes import is_main_process
 from selfreg.utils.progress import Advance, progress
+from selfreg.utils.sharding import InStep, shard, without_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,9 @@ class HiddenStateExtractor:
             max_length=max_length,
         )
         self._reference_norm: float | None = None
+        # A classifier that FSDP has sharded puts itself there: its backbone runs within it only.
+        self.run: Callable[[Tensor, Tensor], Tensor] = partial(hidden_states_at, backbone, layer)
+        self.in_step = InStep(backbone, self._idle)
 
     @classmethod
     def from_pretrained(
@@ -184,6 +189,19 @@ class HiddenStateExtractor:
                 f"{extractor.hidden_size}"
             )
         return extractor
+
+    def shard(self) -> "HiddenStateExtractor":
+        """Deals the weights of the backbone out to the processes (FSDP2), each of which then holds its part of every
+        block and gathers one at a time: for a backbone that does not fit one device.
+
+        Every process has to call it, and then every method that runs texts. Load with `device="cpu"` what fits no
+        device, or with `model_kwargs={"device_map": "auto"}` into one process what fits all of them together.
+
+        Returns:
+            itself. In one process nothing is dealt out.
+        """
+        shard(self.backbone, list(find_blocks(self.backbone)))
+        return self
 
     @property
     def hidden_size(self) -> int:
@@ -333,9 +351,10 @@ class HiddenStateExtractor:
         cut = sum(len(ids) >= self.layout.max_length for ids, _, _ in prompts)
         if cut:
             self._tell_cut(cut, len(prompts))
-        for rows, batch in self._batches(prompts):
-            on_device = PromptBatch(*(tensor.to(self.device) for tensor in batch))
-            yield torch.tensor(rows), on_device, self._hidden_states(on_device)
+        with self.in_step.together():
+            for rows, batch in self._batches(prompts):
+                on_device = PromptBatch(*(tensor.to(self.device) for tensor in batch))
+                yield torch.tensor(rows), on_device, self._hidden_states(on_device)
 
     def shard_of(self, prompts: list[Prompt], first_text: int, advance: Advance | None = None) -> StoreShard:
         """Runs the prompts of a shard, whose first is that of text `first_text`, in batches of like length."""
@@ -379,9 +398,15 @@ class HiddenStateExtractor:
         if rows:
             yield rows, collate_prompts([prompts[r] for r in rows], self.pad_id)
 
-    @torch.inference_mode()
     def _hidden_states(self, batch: PromptBatch) -> Tensor:
-        return hidden_states_at(self.backbone, self.layer, batch.input_ids, batch.attention_mask).float()
+        self.in_step.announce()
+        with without_gradient(self.backbone):
+            return self.run(batch.input_ids, batch.attention_mask).float()
+
+    def _idle(self) -> None:
+        one = torch.full((1, 1), self.pad_id, device=self.device)
+        with without_gradient(self.backbone):
+            self.run(one, torch.ones_like(one))
 
     def _yardstick(self) -> float:
         return self.reference_norm if self.spec.token_rule == "text_no_sinks" else float("inf")

@@ -159,21 +159,22 @@ class StreamingActivations(IterableDataset[dict[str, Tensor]]):
         self._held = None
         texts = self._texts(window)
         extractor, parts, count, read, ended = self.extractor, [], 0, window.texts, False
-        while count < self.buffer_tokens and not ended:
-            prompts, tokens = [], 0
-            while tokens < min(_BLOCK_TOKENS, self.buffer_tokens - count):
-                some = list(islice(texts, _TEXTS_AT_ONCE))
-                if not some:
-                    ended = True
-                    break
-                read += len(some)
-                kept = [text for text in some if not isinstance(text, str) or text.strip()]
-                more = extractor.tokenize(kept) if kept else []
-                prompts += more
-                tokens += sum(len(ids) for ids, _, _ in more)
-            if prompts:
-                parts.append(extractor.shard_of(prompts, 0).hidden_states)
-                count += len(parts[-1])
+        with extractor.in_step.together():
+            while count < self.buffer_tokens and not ended:
+                prompts, tokens = [], 0
+                while tokens < min(_BLOCK_TOKENS, self.buffer_tokens - count):
+                    some = list(islice(texts, _TEXTS_AT_ONCE))
+                    if not some:
+                        ended = True
+                        break
+                    read += len(some)
+                    kept = [text for text in some if not isinstance(text, str) or text.strip()]
+                    more = extractor.tokenize(kept) if kept else []
+                    prompts += more
+                    tokens += sum(len(ids) for ids, _, _ in more)
+                if prompts:
+                    parts.append(extractor.shard_of(prompts, 0).hidden_states)
+                    count += len(parts[-1])
         following = _Window(window.passes + 1) if ended else _Window(window.passes, read)
         self._reading = None if ended else (following, texts)
         states = torch.cat(parts) if parts else torch.empty(0, extractor.hidden_size)

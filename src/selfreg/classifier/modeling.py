@@ -158,6 +158,8 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
         # The backbone is named in the config, not saved, and an adapter has its own file; with this the Trainer
         # neither writes them with the head nor misses them.
         self._keys_to_ignore_on_save = {BACKBONE_PREFIX + key for key in backbone.state_dict()}
+        # What FSDP gathers one at a time.
+        self._no_split_modules = getattr(backbone, "_no_split_modules", None)
 
     def merge_adapter(self) -> "RegularizedSequenceClassifier":
         """Works the adapter into the backbone's weights, for faster inference: the logits stay the same.

@@ -15,6 +15,7 @@ from selfreg.classifier.pooling import FeatureRows, pool_store, pool_texts, pool
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import Task, as_targets
 from selfreg.features.selection import UnintendedFeatures
+from selfreg.utils.sharding import without_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class PoolingMixin:
                 watched_bias=activations_of.encoder_bias,
                 watched_norm=activations_of.input_norm,
             ).to(self.score.weight.device)
-        with torch.inference_mode():
+        with without_gradient(self.backbone) if self.backbone is not None else torch.inference_mode():
             if isinstance(texts, ActivationStore):
                 pooled, activations = pool_store(self.config, texts, rows)
             else:
@@ -137,7 +138,7 @@ class PoolingMixin:
         if self.tokenizer is None:
             raise ValueError("the classifier has no tokenizer: load it with from_pretrained, or set model.tokenizer")
         spec = self.config.hidden_state_spec()
-        return HiddenStateExtractor(
+        extractor = HiddenStateExtractor(
             self._require_backbone(),
             self.tokenizer,
             layer=spec.layer,
@@ -149,6 +150,12 @@ class PoolingMixin:
             revision=spec.revision,
             gguf_file=spec.gguf_file,
         )
+        extractor.run = self.run_backbone
+        return extractor
+
+    def run_backbone(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`[batch, tokens, hidden_size]` at the layer that the head reads."""
+        return hidden_states_at(self._require_backbone(), self.config.layer, input_ids, attention_mask)  # type: ignore[arg-type]
 
     def _require_backbone(self) -> Any:
         if self.backbone is None:

@@ -22,6 +22,7 @@ from selfreg.classifier.terms import Regularizer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.utils.progress import progress
+from selfreg.utils.sharding import whole_tensor
 from selfreg.utils.trainer import PartsTrainer, WholeCheckpoints
 
 
@@ -76,10 +77,11 @@ class RegularizationMixin(PartsTrainer):
                 "UnintendedFeatures.from_pretrained(folder), or one of its other from_... methods"
             )
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if is_deepspeed_zero3_enabled() or (plugin is not None and plugin.fsdp_version != 2):
             raise ValueError(
-                "FSDP and DeepSpeed's stage 3 hold the head in pieces, of which the terms on its weights can't be "
-                "worked out so far: use DDP"
+                "FSDP version 1 and DeepSpeed's stage 3 hold the head in pieces, of which the terms on its weights "
+                "can't be worked out: use FSDP version 2 (fsdp_config={'version': 2}, which is the default) or DDP"
             )
         if isinstance(self.args, RegularizationArguments):
             if regularization is not None:
@@ -145,7 +147,8 @@ class RegularizationMixin(PartsTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._measures:
             # Once more with each training: what was frozen in the last one may train in this.
-            exact = self._only_the_head_trains() and has_length(self.train_dataset)
+            # With FSDP the model runs within a training step only.
+            exact = self._only_the_head_trains() and has_length(self.train_dataset) and not self.is_fsdp_enabled
             momentum = 1.0 if exact else self.regularization.dependence_momentum
             self.statistics = HeadStatistics(len(self.unintended), self.unintended.hidden_size, momentum)
             if exact:
@@ -174,7 +177,7 @@ class RegularizationMixin(PartsTrainer):
         batch = dict(inputs)
         with reading(head) as read:
             task_loss, outputs = self.task_loss(model, inputs)
-        weight = head.weight
+        weight = whole_tensor(head.weight)
         if self._measures:
             assert self.statistics is not None
             if not self.statistics.is_exact:

@@ -31,6 +31,7 @@ from selfreg.classifier.states import PooledStates
 from selfreg.classifier.statistics import HeadStatistics
 from selfreg.classifier.tasks import Task, held_constant, task_loss, text_weights
 from selfreg.classifier.training_args import RegularizedTrainingArguments
+from selfreg.utils.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,9 @@ class RegularizedTrainer(RegularizationMixin):
         self.label_names = ["labels"]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled and isinstance(self.model, RegularizedSequenceClassifier):
+            # Before the first pass over the texts, as the backbone may not fit one device.
+            self._shard()
         if isinstance(self.model, RegularizedSequenceClassifier) and self.train_dataset is not None:
             self._fit(self.model, self.train_dataset)
             if self.weight_path is not None and self.args.should_save:
@@ -243,8 +247,19 @@ class RegularizedTrainer(RegularizationMixin):
         super()._load_best_model()
         self._restore(Path(str(self.state.best_model_checkpoint)))
 
+    def _shard(self) -> None:
+        from accelerate.utils import fsdp2_prepare_model  # type: ignore[import-untyped]
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        if not is_sharded(self.model):
+            self.model = self.model_wrapped = fsdp2_prepare_model(self.accelerator, self.model)
+            register_fsdp_forward_method(self.model, "run_backbone")
+
     def _restore(self, checkpoint: Path) -> None:
         """The adapter, which the Trainer does not know of."""
+        if self.is_fsdp_enabled:
+            # It knows of all weights.
+            return
         if isinstance(self.model, RegularizedSequenceClassifier) and self.model.config.adapter:
             restore_adapter(self.model.backbone, checkpoint / ADAPTER_FOLDER)
 

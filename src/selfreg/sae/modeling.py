@@ -210,6 +210,9 @@ class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):  # 
             return self._denormalize(decoded)
         return self._standardize(hidden_states).restore(self._denormalize(decoded))
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None: it reads hidden states, not tokens. accelerate asks, before it shards a model."""
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,

@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from selfreg.utils.processes import mean_over, one_batch, processes
 from selfreg.utils.progress import Advance, progress
+from selfreg.utils.sharding import shard_on_cpu
 
 _WHOLE = "selfreg_checkpoint_is_whole"
 
@@ -71,6 +72,11 @@ class PartsTrainer(Trainer):
             self.remove_callback(PrinterCallback)
         # compute_loss gives the mean over a micro-batch: the Trainer has to divide it by their number.
         self.model_accepts_loss_kwargs = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args):
+            self.is_fsdp_enabled = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -1,0 +1,111 @@
+"""FSDP2: weights that are dealt out to the processes, which gather those of a layer when it runs.
+
+torch's own modules for it take a second to import, and are so where they are used.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from selfreg.utils.processes import processes
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP has dealt out weights of a module, or of one within it."""
+    # Nothing is sharded where nobody has imported what does it.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(own, fsdp.FSDPModule) for own in module.modules())
+
+
+def whole_tensor(weight: Tensor) -> Tensor:
+    """All rows of a weight, gathered where FSDP has dealt them out; a gradient finds its way back to them."""
+    from torch.distributed.tensor import DTensor
+
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Deals a frozen module's weights out to the processes, block by block, in place; every process has to call it.
+
+    Args:
+        module: whole, and the same in all processes.
+        blocks: modules within it that are gathered one at a time.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    state = processes()
+    if state.num_processes == 1 or is_sharded(module):
+        return
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def without_gradient(module: nn.Module) -> AbstractContextManager[Any]:
+    """`inference_mode`; of a sharded module `no_grad`: what is gathered in inference mode could not be trained on."""
+    return torch.no_grad() if is_sharded(module) else torch.inference_mode()
+
+
+class InStep:
+    """Forward passes of a sharded module, for which all processes have to come together, however many each has.
+
+    Within `together` a process with nothing left to run takes part with an idle pass, until none has anything left.
+
+    Args:
+        module: the module.
+        idle: runs it on next to nothing.
+    """
+
+    def __init__(self, module: nn.Module, idle: Callable[[], Any]) -> None:
+        self.module, self.idle = module, idle
+        self._open = False
+
+    def announce(self) -> None:
+        """To be called before a pass."""
+        if self._open:
+            _any_has(True)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Every process has to enter it, and to leave it."""
+        if self._open or not is_sharded(self.module):
+            yield
+            return
+        self._open = True
+        try:
+            yield
+            while _any_has(False):
+                self.idle()
+        finally:
+            self._open = False
+
+
+def _any_has(work: bool) -> bool:
+    flag = torch.tensor(int(work), device=processes().device)
+    distributed.all_reduce(flag)
+    return bool(flag)
+
+
+def shard_on_cpu(accelerator: Any, plugin_args: dict[str, Any] | None) -> bool:
+    """Turns FSDP on where it was asked for and the processes have no accelerator.
+
+    accelerate knows it for accelerators only, and would train with DDP without a word. torch has it over gloo, too.
+
+    Returns:
+        Whether it did.
+    """
+    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
+
+    if plugin_args is None or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    # What AcceleratorState does for accelerators: in PartialState too, which it takes its own from.
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args)
+    return True

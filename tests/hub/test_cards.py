@@ -94,7 +94,7 @@ def test_figures_of_a_run(extractor: HiddenStateExtractor, tmp_path: Path) -> No
     assert "| plain | 0.925 | 0.910 | 0.970 | 0.410 | 0.100 | 0.300 | 0.004 |" in text
     assert "| ill | f&#124;m | 31 | 0.900 (0.75 to 0.96) | 0.900 (0.75 to 0.96) |" in text
     assert "without any group label: she, he" in text
-    assert "mentions of a woman (peaks on &#x27;she&#x27;)" in text
+    assert "mentions of a woman (peaks on 'she')" in text
     assert "…today <b>she</b> was…" in text
     data.recipe["card"]["spans"] = False
     assert "today" not in str(classifier_card(data, config, "me/x"))

@@ -5,9 +5,11 @@ With a second argument `fsdp` the processes share the weights.
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -68,6 +70,23 @@ def check_sharded(model: torch.nn.Module, num_blocks: int) -> None:
     assert all(isinstance(weight, DTensor) for weight in model.parameters())
 
 
+def on_sharded_states(output: Path, rows: Dataset, results: dict[str, torch.Tensor]) -> None:
+    """A backbone that no device holds whole, and a head that is trained with DDP on what it gave."""
+    extractor = HiddenStateExtractor(tiny_backbone(), word_tokenizer(), layer=1, max_length=32, name="tiny").shard()
+    sae = make_sae(extractor)
+    model = RegularizedSequenceClassifier.from_backbone(
+        extractor, sae, UnintendedFeatures.from_ids(sae, [3, 7, 11]), num_labels=3
+    )
+    batch = {"per_device_train_batch_size": GLOBAL_BATCH // 2, "class_weights": "balanced"}
+    args = RegularizedTrainingArguments(str(output / "sharded"), **batch, **_COMMON)
+    RegularizedTrainer(model=model, args=args, train_dataset=rows).train()
+    for key, value in whole(model).items():
+        torch.testing.assert_close(value, results[f"cached.{key}"])
+    live = replace(args, cache_states=False)
+    with pytest.raises(ValueError, match="to train with fsdp=True leave .shard"):
+        RegularizedTrainer(model=model, args=live, train_dataset=rows)
+
+
 def main(output: Path, fsdp: bool = False) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch: dict[str, Any] = {"per_device_train_batch_size": GLOBAL_BATCH // world}
@@ -125,6 +144,8 @@ def main(output: Path, fsdp: bool = False) -> None:
         logs[f"{name} eval"] = trainer.evaluate(rows)["eval_loss"]
         if isinstance(trainer.eval_dataset, PooledStates):
             results["eval.pooled"] = trainer.eval_dataset.pooled
+    if fsdp:
+        on_sharded_states(output, rows, results)
     torch.manual_seed(0)
     stock = LlamaForSequenceClassification(
         LlamaConfig(

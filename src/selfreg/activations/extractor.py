@@ -191,8 +191,8 @@ class HiddenStateExtractor:
         return extractor
 
     def shard(self) -> "HiddenStateExtractor":
-        """Deals the weights of the backbone out to the processes (FSDP2), each of which then holds its part of every
-        block and gathers one at a time: for a backbone that does not fit one device.
+        """Freezes the backbone and deals its weights out to the processes (FSDP2), each of which then holds its part
+        of every block and gathers one at a time: for a backbone that does not fit one device.
 
         Every process has to call it, and then every method that runs texts. Load with `device="cpu"` what fits no
         device, or with `model_kwargs={"device_map": "auto"}` into one process what fits all of them together.
@@ -200,7 +200,7 @@ class HiddenStateExtractor:
         Returns:
             itself. In one process nothing is dealt out.
         """
-        shard(self.backbone, list(find_blocks(self.backbone)))
+        shard(self.backbone.requires_grad_(False), list(find_blocks(self.backbone)))
         return self
 
     @property

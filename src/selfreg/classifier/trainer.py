@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.trainer_utils import HubStrategy
 
-from selfreg.classifier.checkpoint import check_saved_whole
+from selfreg.classifier.checkpoint import BACKBONE_PREFIX, check_saved_whole
 from selfreg.classifier.collator import ClassifierCollator, pooled_dataset
 from selfreg.classifier.inputs import check_dataset, check_margins, check_removal, label_weights, mean_weight
 from selfreg.classifier.lora import ADAPTER_FOLDER, restore_adapter, unsaved_parameters
@@ -128,6 +129,15 @@ class RegularizedTrainer(RegularizationMixin):
                     eval_dataset = _cached(model, eval_dataset)
             train_dataset = with_offsets(model, args, train_dataset)
             args, self.weight_path = chosen_weights(model, args, train_dataset)
+            if model.backbone is not None and is_sharded(model.backbone) and (args.fsdp or not cached):
+                raise ValueError(
+                    "the extractor was sharded, which is for states that are cached (cache_states=True, no adapter, "
+                    "fsdp=False): to train with fsdp=True leave .shard() out"
+                )
+            if model.backbone_is_frozen and model.backbone is not None:
+                # Nothing of it is to be sent: every process has loaded it, or holds its part of it.
+                frozen = [BACKBONE_PREFIX + name for name, _ in model.backbone.named_parameters()]
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         else:
             refuse_unused(args, kwargs, STOCK_UNUSED)
         super().__init__(

@@ -285,7 +285,11 @@ _MARKDOWN = {ord(character): f"&#{ord(character)};" for character in "|*_[]`~\\$
 def _cell(text: str) -> str:
     """Text of users and models as it is, in a cell of a table: neither markup nor a line break gets through."""
     kept = " " if text[:1].isspace() else ""
-    return kept + html.escape(" ".join(text.split()), quote=False).translate(_MARKDOWN) + (" " if text[-1:].isspace() else "")
+    return (
+        kept
+        + html.escape(" ".join(text.split()), quote=False).translate(_MARKDOWN)
+        + (" " if text[-1:].isspace() else "")
+    )
 
 
 def _table(data: ReportData, part: str) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """What people set in TrainingArguments, in all three trainers."""
 
+import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +189,36 @@ def test_loggers_hear_of_every_part(kind: str, make: Callable[..., Any]) -> None
     assert [row for row in heard.logs if any(name.startswith("eval_") for name in row)]
     parts = {"fvu", "l0"} if kind == "sae" else {"task_loss", "similarity", "dependence"}
     assert all(parts | {"learning_rate", "grad_norm", "epoch"} <= row.keys() for row in training)
+
+
+@pytest.fixture(scope="module")
+def trackio_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        # It is read once, at import.
+        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
+        from trackio.utils import TRACKIO_DIR
+    return Path(TRACKIO_DIR)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensorboard_and_trackio_show_the_parts(
+    kind: str, make: Callable[..., Any], tmp_path: Path, trackio_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = make(kind, report_to=["tensorboard", "trackio"], project=kind, run_name="run")
+    trainer.train()
+    parts = ["train/fvu", "train/l0"] if kind == "sae" else ["train/task_loss", "train/similarity"]
+    told = {name: [row[name.split("/")[1]] for row in trainer.state.log_history if "loss" in row] for name in parts}
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    for name, values in told.items():
+        assert [event.value for event in board.Scalars(name)] == pytest.approx(values)
+    with closing(sqlite3.connect(trackio_dir / f"{kind}.db")) as database:
+        rows = [json.loads(row) for (row,) in database.execute("SELECT metrics FROM metrics ORDER BY id")]
+    for name, values in told.items():
+        assert [row[name] for row in rows if name in row] == pytest.approx(values)
 
 
 # torch._dynamo looks at tensors that warn when they are looked at.

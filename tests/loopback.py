@@ -238,6 +238,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(
                 200, {"_id": name, "id": name, "sha": sha, "siblings": files, "private": repo.private, "tags": []}
             )
+        if action == "refs":
+            heads = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in repo.refs.items()
+            ]
+            raise _Answer(200, {"branches": heads, "tags": [], "converts": []})
         if action == "tree":
             revision, _, folder = argument.partition("/")
             self._tree(repo, self._commit(repo, revision), unquote(folder), "recursive" in query)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -111,9 +111,12 @@ def tell_moved(what: str, name: str | None, trained_on: str | None, found: str |
 
 
 def with_revision_there(what: str, source: ModelSource, load: Callable[[ModelSource], _Loaded]) -> _Loaded:
-    """`load(source)`; where the commit is gone from the repo, what is there now, with a warning."""
+    """`load(source)`; where the commit is gone from the repo, what is there now, with a warning. Another one tells
+    that the repo has gone on since."""
     try:
-        return load(source)
+        loaded = load(source)
+        _tell_left(what, source)
+        return loaded
     except OSError as error:
         if source.revision is None or not _is_gone(error):
             raise
@@ -121,6 +124,26 @@ def with_revision_there(what: str, source: ModelSource, load: Callable[[ModelSou
         loaded = load(now)
         tell_moved(what, source.path, source.revision, cached_commit(now))
         return loaded
+
+
+def _tell_left(what: str, source: ModelSource) -> None:
+    """Warns where no branch or tag of the repo is any longer at the commit that `what` was trained on."""
+    if source.revision is None or Path(source.path).is_dir() or constants.is_offline_mode():
+        return
+    try:
+        refs = HfApi().list_repo_refs(source.path)
+    except Exception:  # A courtesy: the model is loaded, whatever went wrong here.
+        return
+    heads = {ref.name: ref.target_commit for ref in (*refs.branches, *refs.tags)}
+    if "main" in heads and source.revision not in {*heads, *heads.values()}:
+        logger.warning(
+            "the backbone %s has moved since %s was trained on it: revision %s, which is loaded, is no longer that of "
+            "any branch or tag; main is at revision %s",
+            source.path,
+            what,
+            source.revision,
+            heads["main"],
+        )
 
 
 def _is_gone(error: BaseException | None) -> bool:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from push_all import logits_of
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -94,11 +95,21 @@ def moved(folder: Path) -> None:
     expected = load_file(folder / "expected.safetensors")["moved"]
     old = RegularizedSequenceClassifierConfig.from_pretrained("me/classifier").base_model_revision
     new = tiny_backbone(seed=5).push_to_hub("me/backbone").oid
-    # The commit is pinned: nothing changes, nothing to tell.
+    # The commit is pinned: nothing changes, and both are named.
     model = RegularizedSequenceClassifier.from_pretrained("me/classifier")
     assert (logits_of(model) - expected).abs().max() < 1e-6
     sae = SAEForFeatureExtraction.from_pretrained("me/sae")
     assert HiddenStateExtractor.from_sae(sae).spec.revision == old
+    assert [line.split(" was trained")[0].split(" since ")[1] for line in heard.lines] == ["me/classifier", "the SAE"]
+    for line in heard.lines:
+        assert (
+            f"revision {old}, which is loaded, is no longer that of any branch or tag; main is at revision {new}"
+            in line
+        )
+    # Whoever has given it a name is told nothing.
+    HfApi().create_branch("me/backbone", branch="as-trained", revision=old)
+    heard.lines.clear()
+    HiddenStateExtractor.from_sae(sae)
     assert heard.lines == []
     assert HiddenStateExtractor.from_sae(sae, revision="main").spec.revision == new
     # The commit is gone, as after a squash of the history.

@@ -98,6 +98,7 @@ class RegularizationMixin(PartsTrainer):
         # A classifier of selfreg standardises its states itself, and its Trainer measures them.
         self._measures = not own and not self.regularizer.empty
         self._checked = False
+        self._step_head: tuple[Any, nn.Linear] | None = None
         self._num_items: Tensor | int | None = None
         self.statistics: HeadStatistics | None = None
         if not self.regularizer.empty:
@@ -145,6 +146,7 @@ class RegularizationMixin(PartsTrainer):
         return None if mask is None else torch.from_numpy(mask)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._step_head = None
         if self._measures:
             # Once more with each training: what was frozen in the last one may train in this.
             # With FSDP the model runs within a training step only.
@@ -172,8 +174,11 @@ class RegularizationMixin(PartsTrainer):
         if not model.training:
             loss, outputs = self.task_loss(model, inputs)
             return (loss, outputs) if return_outputs else loss
-        # From the model that this step was given: a wrapper may hold the weights in another form.
-        head = find_head(model, self.head_name)
+        # From the model that this step was given: a wrapper may hold the weights in another form. Looked for once a
+        # training, as it takes a tenth of a step on cached states.
+        if self._step_head is None or self._step_head[0] is not model:
+            self._step_head = (model, find_head(model, self.head_name))
+        head = self._step_head[1]
         batch = dict(inputs)
         with reading(head) as read:
             task_loss, outputs = self.task_loss(model, inputs)

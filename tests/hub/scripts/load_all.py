@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from huggingface_hub import snapshot_download
 from push_all import TEXTS, logits_of
 from safetensors.torch import load_file
 from transformers import (
@@ -58,6 +59,13 @@ def main(folder: Path) -> None:
         model = RegularizedSequenceClassifier.from_pretrained(f"me/{name}")
         same(logits_of(model), expected[name])
         assert model.unintended.feature_ids == [3, 7, 11]
+
+    # What goes on from the last checkpoint lies beside the model.
+    folder_of = Path(snapshot_download("me/checkpointed"))
+    for source in ("me/checkpointed", folder_of / "last-checkpoint"):
+        found = logits_of(RegularizedSequenceClassifier.from_pretrained(source))
+        torch.testing.assert_close(found, expected["checkpointed"], atol=1e-6, rtol=1e-5)
+    assert (folder_of / "last-checkpoint" / "optimizer.pt").exists()
 
     # Stock calls of transformers, with nothing of selfreg in them but its import.
     auto = AutoModelForSequenceClassification.from_pretrained("me/trained")

@@ -93,18 +93,19 @@ def main(folder: Path) -> None:
     expected["whole"] = logits_of(whole)
 
     rows = Dataset.from_list([{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)])
-    model = make_model(extractor, sae, lora={"r": 2})
-    args = RegularizedTrainingArguments(
-        str(folder / "trained"),
-        save_strategy="epoch",
-        hub_model_id="me/trained",
-        adapter_learning_rate=0.05,
-        **_TRAINING,
-    )
-    trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows)
-    trainer.train()
-    expected["trained"] = logits_of(model.eval())
-    trainer.push_to_hub()
+    for name, strategy in (("trained", "every_save"), ("checkpointed", "checkpoint")):
+        model = make_model(extractor, sae, lora={"r": 2})
+        args = RegularizedTrainingArguments(
+            str(folder / name),
+            save_strategy="epoch",
+            hub_model_id=f"me/{name}",
+            adapter_learning_rate=0.05,
+            **{**_TRAINING, "hub_strategy": strategy},
+        )
+        trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows)
+        trainer.train()
+        expected[name] = logits_of(model.eval())
+        trainer.push_to_hub()
     store = extractor.extract(TEXTS, folder / "store")
     own = SAETrainingArguments(
         str(folder / "sae-trained"), save_strategy="epoch", hub_model_id="me/sae-trained", **_TRAINING

@@ -9,7 +9,6 @@ import argparse
 import json
 import lzma
 import os
-import shutil
 from pathlib import Path
 
 from transformers import set_seed
@@ -22,8 +21,8 @@ from selfreg import (
     SAETrainer,
     SAETrainingArguments,
 )
-from selfreg.hub.cards import name_repo
 from selfreg.run import run_recipe
+from selfreg.utils.hub import named_card
 from selfreg.utils.progress import show_only_own_bars
 
 HERE = Path(__file__).parent
@@ -54,8 +53,8 @@ def main() -> None:
             card = folder / "classifier" / "README.md"
         target = HERE / name
         target.mkdir(exist_ok=True)
-        shutil.copy(card, target / "README.md")
-        name_repo(target, f"{OWNER}/{name}")
+        text = named_card(card.read_text(encoding="utf8"), f"{OWNER}/{name}")
+        (target / "README.md").write_text(text, encoding="utf8")
         print(target / "README.md", flush=True)
 
 

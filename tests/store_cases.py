@@ -22,7 +22,14 @@ from transformers import TrainerCallback
 from conftest import WORDS, tiny_backbone, word_tokenizer
 from helpers import make_sae
 from sae_helpers import make_args
-from selfreg import ActivationStore, FeatureCatalog, HiddenStateExtractor, SAETrainer, StreamingActivations
+from selfreg import (
+    ActivationStore,
+    FeatureCatalog,
+    HiddenStateExtractor,
+    RegularizedSequenceClassifier,
+    SAETrainer,
+    StreamingActivations,
+)
 from selfreg.activations.writer import StoreWriter
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.utils.processes import gather_all, one_batch, processes
@@ -83,6 +90,10 @@ def write_sharded(folder: Path, texts: list[str]) -> None:
         extractor.extract(texts, folder / f"sharded-{layer}", shard_tokens=SHARD_TOKENS)
         pooled = extractor.pool(texts[: 5 + 30 * processes().process_index])
         torch.testing.assert_close(pooled, make_extractor(layer).pool(texts[: len(pooled)]))
+    # One of the two has nothing to do, and is not waited for afterwards.
+    extractor = make_extractor().shard()
+    extractor.extract(texts, folder / "one-shard")
+    RegularizedSequenceClassifier.from_backbone(extractor, None, None, num_labels=2)
 
 
 def train_from_stream(folder: Path) -> None:
@@ -91,7 +102,8 @@ def train_from_stream(folder: Path) -> None:
             control.should_training_stop = state.global_step == 7
 
     def make(name: str, *callbacks: TrainerCallback) -> SAETrainer:
-        stream = StreamingActivations(make_extractor(), make_texts(), buffer_tokens=150)
+        extractor = make_extractor().shard() if name == "sharded" else make_extractor()
+        stream = StreamingActivations(extractor, make_texts(), buffer_tokens=150)
         settings = {"max_steps": 12, "per_device_train_batch_size": 32, "save_strategy": "steps", "save_steps": 5}
         args = make_args(folder / name, use_cpu=True, learning_rate=5e-3, **settings)
         sae = make_sae(make_extractor())
@@ -105,6 +117,12 @@ def train_from_stream(folder: Path) -> None:
     parts = gather_all(whole.train_dataset.current_states())  # type: ignore[union-attr]
     assert not torch.equal(parts[0][:20], parts[1][:20]), "both processes read the same texts"
     make("cut", Stop()).train()
+    # Their buffers hold different numbers of batches, and are filled by both together.
+    sharded = make("sharded")
+    sharded.train()
+    same = [state["W_enc"] for state in gather_all(sharded.model.state_dict())]
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(same[0], make_sae(make_extractor()).W_enc)
     again = make("cut")
     again.train(resume_from_checkpoint=str(folder / "cut" / "checkpoint-5"))
     for state in gather_all(whole.model.state_dict()):

@@ -50,8 +50,10 @@ def test_shares_in_order_are_all_rows() -> None:
 @pytest.mark.parametrize("other", ["2", "fsdp"])
 def test_weights_agree(output: Path, other: str) -> None:
     one, two = (load_file(output / f"weights-{name}.safetensors") for name in ("1", other))
-    assert one.keys() == two.keys()
-    for name, expected in one.items():
+    # What is done to a model that was trained before is done with DDP alone.
+    assert {name for name in one if not (other == "fsdp" and name.startswith("again."))} == two.keys()
+    for name in two:
+        expected = one[name]
         difference = float((two[name] - expected).norm() / expected.norm())
         assert difference < 1e-4, name
 
@@ -59,10 +61,10 @@ def test_weights_agree(output: Path, other: str) -> None:
 @pytest.mark.parametrize("other", ["2", "fsdp"])
 def test_logs_agree(output: Path, other: str) -> None:
     one, two = (read_json(output / f"logs-{name}.json") for name in ("1", other))
-    for name in ("cached", "live", "lora", "plugged"):
+    for name in ("cached", "live", "ids", "lora", "plugged"):
         assert [row["step"] for row in one[name]] == list(range(1, 13))
         for figure in ("loss", "task_loss", "similarity", "dependence"):
             expected = [row[figure] for row in one[name]]
             assert [row[figure] for row in two[name]] == pytest.approx(expected, rel=1e-3, abs=1e-6), (name, figure)
-    for name in ("cached eval", "live eval", "lora eval"):
+    for name in ("cached eval", "live eval", "ids eval", "lora eval"):
         assert two[name] == pytest.approx(one[name], rel=1e-4)

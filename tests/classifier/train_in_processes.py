@@ -35,6 +35,7 @@ from selfreg.utils.files import write_json
 from selfreg.utils.sharding import whole_tensor
 
 GLOBAL_BATCH = 16
+_BY_BLOCKS = "TRANSFORMER_BASED_WRAP"
 _COMMON: dict[str, Any] = {
     "num_train_epochs": 3,
     "learning_rate": 1e-2,
@@ -102,7 +103,8 @@ def main(output: Path, fsdp: bool = False) -> None:
     tokenizer = word_tokenizer()
     results: dict[str, torch.Tensor] = {}
     logs: dict[str, Any] = {}
-    for name, lora in (("cached", None), ("live", None), ("lora", {"r": 4})):
+    ids = rows.map(lambda row: {"input_ids": tokenizer(row["text"])["input_ids"]}, remove_columns=["text"])
+    for name, lora in (("cached", None), ("live", None), ("ids", None), ("lora", {"r": 4})):
         extractor = HiddenStateExtractor(tiny_backbone(), tokenizer, layer=1, max_length=32, name="tiny")
         sae = make_sae(extractor)
         torch.manual_seed(0)
@@ -113,11 +115,12 @@ def main(output: Path, fsdp: bool = False) -> None:
             str(output / name),
             adapter_learning_rate=1e-2,
             class_weights="balanced",
-            cache_states=name != "live",
+            cache_states=name not in ("live", "ids"),
             **batch,
             **{**_COMMON, "save_strategy": "epoch" if name == "lora" else "no"},
         )
-        trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows.select(range(33)))
+        given = ids if name == "ids" else rows
+        trainer = RegularizedTrainer(model=model, args=args, train_dataset=given, eval_dataset=given.select(range(33)))
         trainer.train()
         if fsdp:
             check_sharded(trainer.model, 2)
@@ -141,7 +144,14 @@ def main(output: Path, fsdp: bool = False) -> None:
                     torch.testing.assert_close(value, results[f"{name}.{key}"])
         logs[name] = [row for row in trainer.state.log_history if "loss" in row]
         # In even batches, as the Trainer's mean over uneven ones is not exact.
-        logs[f"{name} eval"] = trainer.evaluate(rows)["eval_loss"]
+        logs[f"{name} eval"] = trainer.evaluate(given)["eval_loss"]
+        if lora and not fsdp:
+            # The head alone, and then both again: DDP must not go on leaving the adapter out.
+            for trained in (False, True):
+                for key, parameter in model.backbone.named_parameters():
+                    parameter.requires_grad_(trained and "lora_" in key)
+                RegularizedTrainer(model=model, args=replace(args, save_strategy="no"), train_dataset=rows).train()
+            results |= {f"again.{key}": value for key, value in whole(model).items()}
         if isinstance(trainer.eval_dataset, PooledStates):
             results["eval.pooled"] = trainer.eval_dataset.pooled
     if fsdp:
@@ -160,6 +170,10 @@ def main(output: Path, fsdp: bool = False) -> None:
     )
     sae = SAEForFeatureExtraction(SAEConfig(hidden_size=16, num_features=40, k=4))
     sae.set_normalization(torch.zeros(16), torch.ones(()))
+    if fsdp:
+        # As `accelerate launch --use_fsdp` asks for it.
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": _BY_BLOCKS}
+        del batch["fsdp"]
     plugged = PluggedTrainer(
         model=stock,
         args=TrainingArguments(str(output / "plugged"), **batch, **_COMMON),

@@ -163,20 +163,22 @@ def test_early_stopping_and_the_best_model(kind: str, make: Callable[..., Any]) 
     heard = Heard()
     trainer = make(
         kind,
-        [EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0), heard],
+        [EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=10.0), heard],
         num_train_epochs=6,
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        # So that the last epoch, whose weights are there anyway, is not the best.
+        greater_is_better=True,
     )
     trainer.train()
-    assert trainer.state.epoch == 2, "no epoch is better by 10"
+    assert trainer.state.epoch == 3, "no epoch is better by 10"
     evaluated = [row["eval_loss"] for row in heard.logs if "eval_loss" in row]
-    assert len(evaluated) == 2
+    assert len(evaluated) == 3
+    assert max(evaluated) > evaluated[-1] + 0.01, "nothing was to be loaded again"
     best = trainer.state.best_metric
-    assert best == min(evaluated)
+    assert best == max(evaluated)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
 
 

@@ -12,7 +12,8 @@ from hostile import HOSTILE
 from selfreg import HiddenStateExtractor, Recipe, SAETrainer, SAETrainingArguments
 from selfreg.evaluation.report import ReportData, ReportFeature
 from selfreg.features.spans import Span
-from selfreg.hub.cards import MARK, classifier_card, name_repo, plain_card, sae_card, write_card
+from selfreg.hub.cards import classifier_card, plain_card, sae_card, write_card
+from selfreg.utils.hub import MARK, named_card
 
 FIGURES = {
     "accuracy": 0.925,
@@ -104,8 +105,8 @@ def test_figures_of_a_run(extractor: HiddenStateExtractor, tmp_path: Path) -> No
     assert "/somebody" not in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["data"]["train"]["path"] == "train.jsonl"
-    name_repo(tmp_path, "me/ill")
-    assert 'pipeline("text-classification", "me/ill")' in (tmp_path / "README.md").read_text()
+    named = named_card((tmp_path / "README.md").read_text(), "me/ill")
+    assert 'pipeline("text-classification", "me/ill")' in named
     assert metadata_load(tmp_path / "README.md")["model-index"][0]["name"] == "x"
 
 
@@ -156,8 +157,6 @@ def metadata_of(card: str) -> Any:
 def test_a_card_of_a_person_stays(extractor: HiddenStateExtractor, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("my own")
     write_card(tmp_path, plain_card(make_sae(extractor).config, "me/x"))
-    assert (tmp_path / "README.md").read_text() == "my own"
-    name_repo(tmp_path, "me/y")
     assert (tmp_path / "README.md").read_text() == "my own"
 
 

@@ -11,6 +11,11 @@ from loopback import LoopbackHub
 pytestmark = pytest.mark.xdist_group("hub")
 
 
+def card_of(hub: LoopbackHub, name: str, branch: str = "main") -> str:
+    repo = hub.repo(name)
+    return hub.blobs[repo.commits[repo.refs[branch]]["README.md"]].decode()
+
+
 def test_what_lies_on_the_hub(hub: LoopbackHub, pushed: Path) -> None:
     assert hub.repo("me/sae").messages[:2] == ["initial commit", "the first one"]
     assert {"config.json", "model.safetensors"} <= set(hub.repo("me/sae").paths())
@@ -21,6 +26,13 @@ def test_what_lies_on_the_hub(hub: LoopbackHub, pushed: Path) -> None:
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "tokenizer.json"} <= adapted
     assert not any(path.startswith("backbone/") for path in adapted)
     assert "backbone/model.safetensors" in hub.repo("me/whole").paths()
+    for name in ("me/adapted", "me/by-folder"):
+        assert {"adapter/adapter_model.safetensors", "model.safetensors"} <= set(hub.repo(name).paths())
+    assert "unintended_features.json" in adapted
+    for branch in ("main", "dev"):
+        assert card_of(hub, "me/by-hand", branch) == "by hand"
+    assert '"me/by-folder")' in card_of(hub, "me/by-folder")
+    assert card_of(hub, "me/by-folder-too") == "mine"
     left = hub.repo("me/once-adapted").paths()
     assert "model.safetensors" in left
     assert not any(path.startswith(("adapter/", "backbone/")) for path in left)

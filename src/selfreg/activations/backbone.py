@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfreg.utils.files import fingerprint_file, fingerprint_strings
+from selfreg.utils.processes import is_main_process
 from selfreg.utils.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ Layer = int | Literal["final"]
 _Loaded = TypeVar("_Loaded")
 
 _PACKAGE = "package:"
+_PATIENCE = 5.0
+"""Seconds to wait for an answer that can be done without."""
 _SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -110,12 +113,20 @@ def tell_moved(what: str, name: str | None, trained_on: str | None, found: str |
         )
 
 
-def with_revision_there(what: str, source: ModelSource, load: Callable[[ModelSource], _Loaded]) -> _Loaded:
+def with_revision_there(
+    what: str,
+    source: ModelSource,
+    load: Callable[[ModelSource], _Loaded],
+    *,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> _Loaded:
     """`load(source)`; where the commit is gone from the repo, what is there now, with a warning. Another one tells
     that the repo has gone on since."""
     try:
         loaded = load(source)
-        _tell_left(what, source)
+        if not local_files_only and is_main_process():
+            _tell_left(what, source, token)
         return loaded
     except OSError as error:
         if source.revision is None or not _is_gone(error):
@@ -126,23 +137,26 @@ def with_revision_there(what: str, source: ModelSource, load: Callable[[ModelSou
         return loaded
 
 
-def _tell_left(what: str, source: ModelSource) -> None:
+def _tell_left(what: str, source: ModelSource, token: str | bool | None) -> None:
     """Warns where no branch or tag of the repo is any longer at the commit that `what` was trained on."""
     if source.revision is None or Path(source.path).is_dir() or constants.is_offline_mode():
         return
+    api = HfApi(token=token)
     try:
-        refs = HfApi().list_repo_refs(source.path)
+        now = api.model_info(source.path, timeout=_PATIENCE).sha
+        if source.revision == now:
+            return
+        refs = api.list_repo_refs(source.path)
     except Exception:  # A courtesy: the model is loaded, whatever went wrong here.
         return
-    heads = {ref.name: ref.target_commit for ref in (*refs.branches, *refs.tags)}
-    if "main" in heads and source.revision not in {*heads, *heads.values()}:
+    if source.revision not in {name for ref in (*refs.branches, *refs.tags) for name in (ref.name, ref.target_commit)}:
         logger.warning(
             "the backbone %s has moved since %s was trained on it: revision %s, which is loaded, is no longer that of "
             "any branch or tag; main is at revision %s",
             source.path,
             what,
             source.revision,
-            heads["main"],
+            now,
         )
 
 

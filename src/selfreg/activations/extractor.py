@@ -172,7 +172,7 @@ class HiddenStateExtractor:
                 "the SAE does not name its backbone and layer (base_model_name_or_path, layer): build the extractor "
                 "with HiddenStateExtractor.from_pretrained"
             )
-        settings = spec.to_dict()
+        settings, given = spec.to_dict(), kwargs.get("model_kwargs") or {}
         model, hidden_size = settings.pop("model"), settings.pop("hidden_size")
         if "revision" in kwargs:
             extractor = cls.from_pretrained(model, **{**settings, **kwargs})
@@ -182,6 +182,7 @@ class HiddenStateExtractor:
                 "the SAE",
                 ModelSource(model, settings["gguf_file"], spec.revision),
                 lambda source: cls.from_pretrained(model, **{**settings, **kwargs, "revision": source.revision}),
+                **{name: given[name] for name in ("token", "local_files_only") if name in given},
             )
         if extractor.hidden_size != hidden_size:
             raise ValueError(
@@ -194,13 +195,23 @@ class HiddenStateExtractor:
         """Freezes the backbone and deals its weights out to the processes (FSDP2), each of which then holds its part
         of every block and gathers one at a time: for a backbone that does not fit one device.
 
-        Every process has to call it, and then every method that runs texts. Load with `device="cpu"` what fits no
-        device, or with `model_kwargs={"device_map": "auto"}` into one process what fits all of them together.
+        Every process has to call it, and then every method that runs texts. Blocks behind the layer are run too, where
+        a model was given with them; `from_pretrained` leaves them out. Load with `device="cpu"` what fits no device,
+        or with `model_kwargs={"device_map": "auto"}` into one process what fits all of them together.
 
         Returns:
             itself. In one process nothing is dealt out.
         """
-        shard(self.backbone.requires_grad_(False), list(find_blocks(self.backbone)))
+        try:
+            blocks = list(find_blocks(self.backbone))
+        except ValueError:
+            if self.layer != "final":
+                raise
+            # Gathered as a whole.
+            blocks = []
+        shard(self.backbone.requires_grad_(False), blocks)
+        # Now, with all processes: later one may need it that has no texts of its own.
+        self._reference_norm = self.reference_norm
         return self
 
     @property

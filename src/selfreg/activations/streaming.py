@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset
 
 from selfreg.activations.extractor import HiddenStateExtractor
 from selfreg.activations.spec import HiddenStateSpec
-from selfreg.utils.processes import processes
+from selfreg.utils.processes import gather_all, processes
+from selfreg.utils.sharding import is_sharded
 
 _BLOCK_TOKENS = 16_384
 _TEXTS_AT_ONCE = 16
@@ -114,6 +115,9 @@ class StreamingActivations(IterableDataset[dict[str, Tensor]]):
             states, following = self._states(window)
             order = self._order(window, len(states))
             count = len(states) // batch_size
+            if is_sharded(self.extractor.backbone):
+                # All have to fill their buffers at the same step, as one can't run the backbone without the others.
+                count = min(gather_all(count))
             while self._given < count:
                 rows = order[self._given * batch_size : (self._given + 1) * batch_size]
                 # Before it is given out: whoever saves the place has trained on all that was given.

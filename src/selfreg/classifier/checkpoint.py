@@ -19,6 +19,7 @@ from selfreg.classifier.lora import (
     unsaved_parameters,
     without_adapter,
 )
+from selfreg.utils.sharding import check_whole
 
 BACKBONE_FOLDER = "backbone"
 BACKBONE_PREFIX = "backbone."
@@ -79,6 +80,7 @@ def save_parts(
             }
         save_adapter(backbone, folder / ADAPTER_FOLDER, state_dict=of_backbone, is_main_process=is_main_process)
     if save_backbone:
+        check_whole(backbone, "save_backbone=True can't write it", "save it from a process that has loaded it whole")
         plain = without_adapter(backbone) if config.adapter else backbone
         plain.save_pretrained(folder / BACKBONE_FOLDER)
 
@@ -145,6 +147,8 @@ def _load_backbone(
         str(path),
         source,
         lambda found: load_backbone(found, layer=config.layer, dtype=dtype, **options),  # type: ignore[arg-type]
+        token=hub.get("token"),
+        local_files_only=bool(hub.get("local_files_only")),
     )
 
 

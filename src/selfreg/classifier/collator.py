@@ -16,6 +16,7 @@ from selfreg.classifier.shares import pooled_in_shares
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import as_targets
 from selfreg.utils.progress import progress
+from selfreg.utils.sharding import without_gradient
 
 _POOL_BATCH = 32
 _NUMBERS = ("weight", "margin")
@@ -130,14 +131,19 @@ def _pooled(model: RegularizedSequenceClassifier, dataset: Any) -> PooledStates:
         return model.pooled_states([row["text"] for row in dataset], labels_of(dataset), **options)
     collate = ClassifierCollator(None, model.config.pad_id)
     pooled, activations = [], []
-    with torch.inference_mode(), progress("pooled states", len(dataset), "texts") as advance:
+    was_training = model.training
+    model.eval()
+    with without_gradient(model.backbone), progress("pooled states", len(dataset), "texts") as advance:
         for start in range(0, len(dataset), _POOL_BATCH):
             rows = [dataset[i] for i in range(start, min(start + _POOL_BATCH, len(dataset)))]
             batch = collate([{"input_ids": unpadded(row)} for row in rows])
-            states, maxima = model.pool(*(batch[name].to(model.device) for name in ("input_ids", "attention_mask")))
-            pooled.append(states.cpu())
-            activations.append(maxima.cpu())
+            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            # Its forward pass: another would find no weights where FSDP has dealt them out.
+            outputs = model(**inputs, output_pooled=True)
+            pooled.append(outputs.pooled.cpu())
+            activations.append(outputs.unintended_activations.cpu())
             advance(len(rows))
+    model.train(was_training)
     weights = options["weights"]
     # Copies: tensors of inference mode could not be trained on.
     return PooledStates(

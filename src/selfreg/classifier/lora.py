@@ -25,7 +25,7 @@ Lora: TypeAlias = Mapping[str, Any] | PeftConfig
 """Settings of an adapter: fields of `peft.LoraConfig`, or any `peft.PeftConfig` that adapts modules."""
 
 ADAPTER_FOLDER = "adapter"
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _ADAPTER = "default"
 _SAFE_INITS = (True, False, "gaussian", "orthogonal")
 _UNUSED = "pooler"
@@ -200,7 +200,7 @@ def load_adapter(
 
     # peft itself does not find on the Hub's cache what it may not ask the Hub for.
     folder = local_folder(path, [f"{subfolder}/*"], **hub) / subfolder
-    for name in _FILES:
+    for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"the classifier in {path} was trained with an adapter, but {folder / name} is missing: copy the "

@@ -27,7 +27,8 @@ from selfreg.classifier.pooling_mixin import PoolingMixin
 from selfreg.classifier.tasks import Task, num_logits, task_loss
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.sae.modeling import SAEForFeatureExtraction
-from selfreg.utils.hub import UPLOAD_OPTIONS, PushMixin, told_offline, upload_folder
+from selfreg.utils.hub import MODEL_FILES, UPLOAD_OPTIONS, PushMixin, told_offline, upload_folder
+from selfreg.utils.sharding import AFTER_FSDP, check_whole
 
 
 class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  # type: ignore[misc]
@@ -143,6 +144,7 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
         extractor.backbone.requires_grad_(False)
         backbone: Any = extractor.backbone
         if lora is not None:
+            check_whole(backbone, "no adapter can be put in", "leave .shard() out, and train with fsdp=True")
             backbone = add_adapter(extractor.backbone, lora, extractor.spec)
             config.adapter = True
         model = cls(config, backbone=backbone, tokenizer=extractor.tokenizer)
@@ -171,6 +173,7 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
         """
         if not self.config.adapter:
             raise ValueError("the classifier has no adapter to merge: from_backbone(..., lora={'r': 8}) makes one")
+        check_whole(self._require_backbone(), *AFTER_FSDP)
         self.set_backbone(merge(self._require_backbone()))
         self.config.adapter, self.config.adapter_merged = False, True
         return self
@@ -318,6 +321,9 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
         Raises:
             ValueError: the backbone has parameters that are trained, and would not be saved.
         """
+        if "state_dict" not in kwargs:
+            # A backbone that was sharded by itself is not saved.
+            check_whole(self, *AFTER_FSDP, within=False)
         check_saved_whole(self.config, self.backbone, save_backbone=save_backbone)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -328,7 +334,7 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
         super().save_pretrained(folder, **kwargs)
         if push:
             # transformers uploads what its own save_pretrained wrote, which is neither tokenizer nor backbone.
-            upload_folder(folder, **hub)
+            upload_folder(folder, replaces=MODEL_FILES, **hub)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

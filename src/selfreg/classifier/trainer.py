@@ -32,7 +32,7 @@ from selfreg.classifier.states import PooledStates
 from selfreg.classifier.statistics import HeadStatistics
 from selfreg.classifier.tasks import Task, held_constant, task_loss, text_weights
 from selfreg.classifier.training_args import RegularizedTrainingArguments
-from selfreg.utils.sharding import is_sharded
+from selfreg.utils.sharding import fsdp_asked, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,11 @@ class RegularizedTrainer(RegularizationMixin):
                     f"offset_weight={args.offset_weight} needs states that stay as they are: set cache_states=True "
                     "and train no adapter, or set offset_weight=0"
                 )
+            if model.backbone is not None and is_sharded(model.backbone) and (fsdp_asked(args) or not cached):
+                raise ValueError(
+                    "the extractor was sharded, which is for states that are cached (cache_states=True, no adapter, "
+                    "fsdp=False): to train with fsdp=True leave .shard() out"
+                )
             if args.cache_states and not cached:
                 logger.info("an adapter is trained: states change with it, and are not cached")
             if cached:
@@ -129,15 +134,10 @@ class RegularizedTrainer(RegularizationMixin):
                     eval_dataset = _cached(model, eval_dataset)
             train_dataset = with_offsets(model, args, train_dataset)
             args, self.weight_path = chosen_weights(model, args, train_dataset)
-            if model.backbone is not None and is_sharded(model.backbone) and (args.fsdp or not cached):
-                raise ValueError(
-                    "the extractor was sharded, which is for states that are cached (cache_states=True, no adapter, "
-                    "fsdp=False): to train with fsdp=True leave .shard() out"
-                )
-            if model.backbone_is_frozen and model.backbone is not None:
-                # Nothing of it is to be sent: every process has loaded it, or holds its part of it.
-                frozen = [BACKBONE_PREFIX + name for name, _ in model.backbone.named_parameters()]
-                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+            # Of a frozen backbone nothing is to be sent: every process has loaded it, or holds its part of it.
+            frozen = dict(model.backbone.named_parameters()) if model.backbone_is_frozen and model.backbone else {}
+            ignored = [BACKBONE_PREFIX + name for name in frozen]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
         else:
             refuse_unused(args, kwargs, STOCK_UNUSED)
         super().__init__(

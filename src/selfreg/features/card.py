@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfreg.utils.files import atomic_path
+from selfreg.utils.hub import MARK
 
 if TYPE_CHECKING:
     from selfreg.features.catalog import FeatureCatalog
 
-_MARK = "<!-- written by selfreg -->"
 
 _CARD = """---
 library_name: selfreg
@@ -41,10 +41,10 @@ catalog = FeatureCatalog.from_pretrained("this/repo")  # or datasets.load_datase
 def write_card(folder: Path, catalog: "FeatureCatalog") -> None:
     """Writes README.md, unless there is one that selfreg did not write."""
     path = folder / "README.md"
-    if path.exists() and _MARK not in path.read_text(encoding="utf8", errors="replace"):
+    if path.exists() and MARK not in path.read_text(encoding="utf8", errors="replace"):
         return
     text = _CARD.format(
-        mark=_MARK,
+        mark=MARK,
         num_features=len(catalog),
         model=catalog.spec.model,
         layer=catalog.spec.layer,

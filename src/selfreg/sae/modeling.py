@@ -20,6 +20,7 @@ from selfreg.sae.prefixes import decode_prefixes
 from selfreg.sae.training_mixin import SAETrainingMixin
 from selfreg.utils.hub import PushMixin
 from selfreg.utils.processes import mean_over, sum_over
+from selfreg.utils.sharding import AFTER_FSDP, check_whole
 
 _HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -209,6 +210,18 @@ class SAEForFeatureExtraction(PushMixin, SAETrainingMixin, PreTrainedModel):  # 
         if hidden_states is None:
             return self._denormalize(decoded)
         return self._standardize(hidden_states).restore(self._denormalize(decoded))
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
+        """As in transformers.
+
+        Raises:
+            ValueError: FSDP has dealt out the weights.
+        """
+        if "state_dict" not in kwargs:
+            check_whole(self, *AFTER_FSDP, within=False)
+        super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """None: it reads hidden states, not tokens. accelerate asks, before it shards a model."""

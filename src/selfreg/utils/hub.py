@@ -1,10 +1,11 @@
 """Uploads to the Hub, each in one commit, and downloads from it, with errors that say what to do."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
@@ -32,7 +33,16 @@ RepoType = Literal["model", "dataset"]
 UPLOAD_OPTIONS = ("repo_id", "token", "private", "commit_message", "commit_description", "create_pr", "revision")
 """What `push_to_hub=True` of transformers takes beside it."""
 
-_OURS = ("adapter/*", "backbone/*", "model-*-of-*.safetensors", "model.safetensors", "model.safetensors.index.json")
+MODEL_FILES = (
+    *("adapter/*", "backbone/*"),
+    *("model-*-of-*.safetensors", "model.safetensors", "model.safetensors.index.json"),
+)
+"""What a model may have and another version of it not: a push of a model takes out those that it has not."""
+CARD = "README.md"
+MARK = "<!-- written by selfreg -->"
+"""In every card that no person wrote."""
+SOMEBODY = "your-name/"
+"""In a card, stands for the owner of a repo that is not there yet."""
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 
 
@@ -54,12 +64,14 @@ def upload_folder(
     create_pr: bool = False,
     commit_message: str | None = None,
     commit_description: str | None = None,
-    ignore: list[str] | None = None,
+    ignore: Sequence[str] = (),
+    replaces: Sequence[str] = (),
+    keeps_card: bool = False,
 ) -> CommitInfo:
     """Uploads all that lies in a folder, in one commit: a repo shows either all of it or nothing.
 
-    What was uploaded before a push was cut short is not uploaded again. Weights that the repo has from before and the
-    folder has not (shards, an adapter, a backbone) go in the same commit.
+    What was uploaded before a push was cut short is not uploaded again. A card that selfreg wrote gets the repo's
+    name, and never takes the place of one that a person wrote.
 
     Args:
         folder: what to upload.
@@ -67,6 +79,8 @@ def upload_folder(
         repo_type, private, token, create_pr, commit_message, commit_description: as for `push_to_hub` of transformers.
         revision: branch; made where there is none.
         ignore: patterns of files that stay here.
+        replaces: patterns of files that go from the repo in the same commit, where the folder has none such.
+        keeps_card: leave any card that is there as it is.
 
     Raises:
         OSError: no token, no permission, no such repo, or no way to the Hub; says which.
@@ -82,14 +96,20 @@ def upload_folder(
                 # Who may not write there can still open a pull request against a branch that is there.
                 if not (create_pr and error.response.status_code == 403):
                     raise
-        names = _names(folder, ignore or [])
+        names = _names(folder, ignore)
         there = api.list_repo_files(repo.repo_id, repo_type=repo_type, revision=revision)
-        stale = [name for name in there if name not in names and any(fnmatch(name, own) for own in _OURS)]
+        stale = [name for name in there if name not in names and any(fnmatch(name, own) for own in replaces)]
+        card = folder / CARD
+        if CARD in names and CARD in there and _is_made(card):
+            held = Path(api.hf_hub_download(repo.repo_id, CARD, repo_type=repo_type, revision=revision))
+            if keeps_card or not _is_made(held):
+                names.remove(CARD)
         # Not upload_folder, which makes several commits of a large folder.
         return api.create_commit(
             repo.repo_id,
             [
-                *(CommitOperationAdd(name, folder / name) for name in names),
+                *(CommitOperationAdd(name, folder / name) for name in names if name != CARD),
+                *(CommitOperationAdd(name, _card(card, repo.repo_id)) for name in names if name == CARD),
                 *(CommitOperationDelete(name) for name in stale),
             ],
             repo_type=repo_type,
@@ -98,6 +118,21 @@ def upload_folder(
             commit_message=commit_message or "Upload with selfreg",
             commit_description=commit_description,
         )
+
+
+def _is_made(card: Path) -> bool:
+    return MARK in card.read_text(encoding="utf8", errors="replace")
+
+
+def _card(path: Path, repo_id: str) -> bytes:
+    if not _is_made(path):
+        return path.read_bytes()
+    return named_card(path.read_text(encoding="utf8", errors="replace"), repo_id).encode()
+
+
+def named_card(text: str, repo_id: str) -> str:
+    """A card that was written before it had a repo, with the repo's own name."""
+    return re.sub(rf"{SOMEBODY}[\w.-]+", repo_id, text)
 
 
 def _names(folder: Path, ignore: Sequence[str]) -> list[str]:
@@ -115,29 +150,31 @@ def local_folder(
     files: Sequence[str],
     *,
     repo_type: RepoType = "model",
+    subfolder: str = "",
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder `name`, or where there is none, that of the cache with those files of the repo of this name.
+    """The folder `name`, or where there is none, that of the cache with those files of the repo of this name; of
+    either the `subfolder`.
 
     Raises:
         OSError: there is no such repo or revision, no permission, or no way to it; says which.
     """
     if Path(name).exists() or not is_repo_id(name):
-        return Path(name)
+        return Path(name) / subfolder
     with hub_errors(name, revision):
         found = snapshot_download(
             name,
             repo_type=repo_type,
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
-            allow_patterns=list(files),
+            allow_patterns=[str(PurePosixPath(subfolder, file)) for file in files],
         )
-    return Path(found)
+    return Path(found) / subfolder
 
 
 @contextmanager
@@ -238,9 +275,7 @@ class PushMixin:
             from selfreg.hub.cards import plain_card, write_card
 
             own.save_pretrained(folder, **save_options)
-            # One that is there says more.
-            if not HfApi(token=token).file_exists(repo_id, "README.md", revision=revision):
-                write_card(folder, plain_card(own.config, repo_id))
+            write_card(folder, plain_card(own.config, f"{SOMEBODY}{repo_id.rpartition('/')[2]}"))
 
         return push(
             save,
@@ -251,4 +286,7 @@ class PushMixin:
             create_pr=create_pr,
             commit_message=commit_message or f"Upload {type(self).__name__}",
             commit_description=commit_description,
+            replaces=MODEL_FILES,
+            # One that is there says more.
+            keeps_card=True,
         )

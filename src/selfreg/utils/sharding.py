@@ -3,6 +3,7 @@
 torch's own modules for it take a second to import, and are so where they are used.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,12 +14,16 @@ from torch import Tensor, distributed, nn
 
 from selfreg.utils.processes import processes
 
+AFTER_FSDP = ("its weights lie in pieces", "trainer.save_model(folder), and from_pretrained(folder) in one process")
+"""For `check_whole`, of what a Trainer has sharded."""
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP has dealt out weights of a module, or of one within it."""
+
+def is_sharded(module: nn.Module, *, within: bool = True) -> bool:
+    """Whether FSDP has dealt out weights of a module, or (`within`) of one in it."""
     # Nothing is sharded where nobody has imported what does it.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(own, fsdp.FSDPModule) for own in module.modules())
+    modules = module.modules() if within else (module,)
+    return fsdp is not None and any(isinstance(own, fsdp.FSDPModule) for own in modules)
 
 
 def whole_tensor(weight: Tensor) -> Tensor:
@@ -44,7 +49,17 @@ def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    # Left to itself the outermost one keeps what it has gathered, the embeddings among it.
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def check_whole(module: nn.Module, what: str, mend: str, *, within: bool = True) -> None:
+    """
+    Raises:
+        ValueError: FSDP has dealt out the weights of `module`, or (`within`) of one in it; says what can't be done.
+    """
+    if is_sharded(module, within=within):
+        raise ValueError(f"{type(module).__name__} is sharded by FSDP, so that {what}: {mend}")
 
 
 def without_gradient(module: nn.Module) -> AbstractContextManager[Any]:
@@ -92,7 +107,14 @@ def _any_has(work: bool) -> bool:
     return bool(flag)
 
 
-def shard_on_cpu(accelerator: Any, plugin_args: dict[str, Any] | None) -> bool:
+def fsdp_asked(args: Any) -> bool:
+    """Whether training arguments ask for FSDP, or `accelerate launch` does."""
+    # Not ACCELERATE_USE_FSDP alone, which a Trainer sets and leaves set.
+    launched = "FSDP_VERSION" in os.environ and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return args.fsdp_plugin_args is not None or launched
+
+
+def shard_on_cpu(accelerator: Any, args: Any) -> bool:
     """Turns FSDP on where it was asked for and the processes have no accelerator.
 
     accelerate knows it for accelerators only, and would train with DDP without a word. torch has it over gloo, too.
@@ -103,9 +125,10 @@ def shard_on_cpu(accelerator: Any, plugin_args: dict[str, Any] | None) -> bool:
     from accelerate import PartialState  # type: ignore[import-untyped]
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
 
-    if plugin_args is None or accelerator.distributed_type != DistributedType.MULTI_CPU:
+    if not fsdp_asked(args) or accelerator.distributed_type != DistributedType.MULTI_CPU:
         return False
     # What AcceleratorState does for accelerators: in PartialState too, which it takes its own from.
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args)
+    # The rest of it the plugin reads from what the launcher has set.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
     return True

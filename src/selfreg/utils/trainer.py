@@ -15,7 +15,7 @@ from selfreg.utils.processes import mean_over, one_batch, processes
 from selfreg.utils.progress import Advance, progress
 from selfreg.utils.sharding import shard_on_cpu
 
-_WHOLE = "selfreg_checkpoint_is_whole"
+WHOLE = "selfreg_checkpoint_is_whole"
 
 
 class LossParts:
@@ -49,12 +49,12 @@ class WholeCheckpoints(TrainerCallback):
         # Each process writes the state of its own random numbers.
         processes().wait_for_everyone()
         if state.is_world_process_zero and folder.is_dir():
-            (folder / _WHOLE).touch()
+            (folder / WHOLE).touch()
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint under `output_dir` that was written to its end; None where there is none."""
-    marks = Path(output_dir).glob(f"checkpoint-*/{_WHOLE}")
+    marks = Path(output_dir).glob(f"checkpoint-*/{WHOLE}")
     folders = sorted((mark.parent for mark in marks), key=lambda folder: int(folder.name.rpartition("-")[2]))
     return str(folders[-1]) if folders else None
 
@@ -75,7 +75,7 @@ class PartsTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args):
+        if shard_on_cpu(self.accelerator, self.args):
             self.is_fsdp_enabled = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
@@ -21,6 +22,7 @@ from selfreg import (
     SAEForFeatureExtraction,
     UnintendedFeatures,
 )
+from selfreg.hub.folders import push_folder
 
 
 class Lines(logging.Handler):
@@ -32,7 +34,7 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def pushes(unintended: UnintendedFeatures) -> None:
+def pushes(unintended: Any) -> None:
     with pytest.raises(PermissionError, match="there is no token to write to me/new: log in with `hf auth login`"):
         unintended.push_to_hub("me/new", token=False)
     for name in ("me/new", "me/sae"):
@@ -43,7 +45,7 @@ def pushes(unintended: UnintendedFeatures) -> None:
     with pytest.raises(OSError, match="no name of a repo"):
         unintended.push_to_hub("me/a/b")
     # Somebody else may still propose it.
-    assert unintended.push_to_hub("me/sae", token="hf_other", create_pr=True).pr_num == 1
+    assert unintended.push_to_hub("me/sae", token="hf_other", create_pr=True).pr_num is not None
 
 
 def private() -> None:
@@ -73,6 +75,21 @@ def loads() -> None:
         UnintendedFeatures.from_pretrained("me/sae")
     with pytest.raises(OSError, match="me/sae is .* no repo"):
         FeatureCatalog.from_pretrained("me/sae")
+
+
+def torn(folder: Path) -> None:
+    """A folder that lacks a part is not pushed, and takes nothing out of the repo."""
+    for missing, match in (
+        ("adapter/adapter_model.safetensors", "is not whole: adapter/adapter_model.safetensors is missing"),
+        ("tokenizer.json", "has no tokenizer"),
+    ):
+        own = folder / f"torn-{Path(missing).stem}"
+        RegularizedSequenceClassifier.from_pretrained("me/adapted").save_pretrained(own)
+        (own / missing).unlink()
+        if missing.startswith("tokenizer"):
+            (own / "tokenizer_config.json").unlink()
+        with pytest.raises(FileNotFoundError, match=match):
+            push_folder(own, "me/adapted")
 
 
 def newer(folder: Path) -> None:
@@ -126,6 +143,8 @@ def moved(folder: Path) -> None:
 def main(folder: Path) -> None:
     private()
     pushes(UnintendedFeatures.from_pretrained("me/unintended"))
+    pushes(SAEForFeatureExtraction.from_pretrained("me/sae"))
+    torn(folder)
     loads()
     newer(folder)
     moved(folder)

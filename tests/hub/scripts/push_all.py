@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from conftest import WORDS, tiny_backbone, word_tokenizer
@@ -21,7 +22,10 @@ from selfreg import (
     SAETrainingArguments,
     UnintendedFeatures,
 )
+from selfreg.hub.cards import plain_card, write_card
+from selfreg.hub.folders import push_folder
 from selfreg.utils.files import write_json
+from selfreg.utils.hub import SOMEBODY
 
 TEXTS = [" ".join(WORDS[(7 * i + j * (i + 3)) % len(WORDS)] for j in range(3 + i % 9)) for i in range(24)]
 _TRAINING: dict[str, Any] = {
@@ -58,6 +62,26 @@ def logits_of(model: RegularizedSequenceClassifier) -> torch.Tensor:
         return model.logits(model.pooled_states(TEXTS, [0] * len(TEXTS)).pooled)
 
 
+def push_beside_cards(folder: Path, sae: SAEForFeatureExtraction, adapted: RegularizedSequenceClassifier) -> None:
+    api = HfApi()
+    for branch in ("main", "dev"):
+        api.create_repo("me/by-hand", exist_ok=True)
+        api.create_branch("me/by-hand", branch=branch, exist_ok=True)
+        api.upload_file(path_or_fileobj=b"by hand", path_in_repo="README.md", repo_id="me/by-hand", revision=branch)
+        # A short name is one under the user's own.
+        sae.push_to_hub("by-hand", revision=branch)
+    own = folder / "adapted-here"
+    adapted.save_pretrained(own)
+    write_card(own, plain_card(adapted.config, f"{SOMEBODY}anything"))
+    push_folder(own, "me/by-hand")
+    push_folder(own, "by-folder")
+    assert "me/by-folder" not in (own / "README.md").read_text(), "the folder may be pushed to another repo too"
+    push_folder(own, "me/by-folder-too")
+    # A card of selfreg gives way to that of a person, from a folder too.
+    (own / "README.md").write_text("mine")
+    push_folder(own, "me/by-folder-too")
+
+
 def main(folder: Path) -> None:
     expected: dict[str, torch.Tensor] = {}
     oids: dict[str, str] = {}
@@ -85,6 +109,9 @@ def main(folder: Path) -> None:
     adapted = make_model(extractor, sae, lora={"r": 2})
     expected["adapted"] = logits_of(adapted)
     adapted.push_to_hub("me/adapted")
+    # Something else in the same repo leaves the weights where they are.
+    adapted.unintended.push_to_hub("me/adapted")
+    push_beside_cards(folder, sae, adapted)
     # What was there before and is no part of it any more goes.
     make_model(extractor, sae, lora={"r": 2}).push_to_hub("me/once-adapted", save_backbone=True)
     plain.push_to_hub("me/once-adapted")

@@ -345,6 +345,8 @@ class Trial:
         return figures
 
     def _scrubbing(self) -> dict[str, Scores]:
+        if not self.pool.keywords:
+            raise DoesNotApply("no words tell the attribute")
         pooled = self.workshop.scrubbed(self.pool)
         train = self.states(self.rows.train, self.measure, None)
         train = replace(train, pooled=self._of_texts(pooled, self.rows.train).clone())

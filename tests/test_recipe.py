@@ -27,7 +27,7 @@ def test_defaults() -> None:
     classifier = recipe.classifier
     # As measured by benchmarks/demo_control.py, and those that a user of the Trainer gets.
     args = RegularizedTrainingArguments("x")
-    for name in ("penalty_weight", "similarity", "dependence_weight", "weight_decay"):
+    for name in ("penalty_weight", "similarity", "dependence_weight", "weight_decay", "label_smoothing_factor"):
         assert getattr(classifier, name) == getattr(args, name), name
     # None: as `from_backbone` made the model, whose default is True.
     assert classifier.remove_unintended

@@ -60,6 +60,10 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "dependence_3": ("attribute", {"dependence_weight": 3.0}),
     "dependence_300": ("attribute", {"dependence_weight": 300.0}),
     "no_removal": ("attribute", {"remove_unintended": False}),
+    "smoothing_0": ("attribute", {"label_smoothing_factor": 0.0}),
+    "smoothing_0_keywords": ("keywords", {"label_smoothing_factor": 0.0}),
+    "smoothing_20": ("attribute", {"label_smoothing_factor": 0.2}),
+    "smoothing_20_keywords": ("keywords", {"label_smoothing_factor": 0.2}),
     "no_weight_decay": ("attribute", {"weight_decay": 0.0}),
     "auto": ("attribute", {"penalty_weight": "auto", "dependence_weight": "auto"}),
     "features_10": ("attribute:10", {}),
@@ -82,7 +86,10 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 """One thing changed in selfreg each; computed where they are asked for with --methods."""
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")
 PLAIN_LAST = "plain_pooling_last"
-METHODS = (*SELFREG, *ABLATIONS, PLAIN_LAST, *BASELINES, "scrubbing", "tfidf", "zero_shot", "balanced")
+METHODS = (
+    *(*SELFREG, *ABLATIONS, PLAIN_LAST, *BASELINES),
+    *("scrubbing", "tfidf", "zero_shot", "balanced", "balanced_smoothing"),
+)
 ZERO_SHOT_TEXTS = 60
 """Of each eval set, drawn once: a prompt costs as much as a hundred trainings of a head."""
 
@@ -246,11 +253,12 @@ class Trial:
         if method == PLAIN_LAST:
             train = self.states(self.rows.train, self.measure, None, method)
             return self._head(self._baseline("plain", train, self.rows.train), method=method)
-        if method == "balanced":
+        if method in ("balanced", "balanced_smoothing"):
             if self.rows.balanced is None:
                 raise DoesNotApply("the pool has too few texts of some cell to balance it")
             train = self.states(self.rows.balanced, self.measure, None)
-            return self._head(self._baseline("plain", train, self.rows.balanced))
+            name = "plain" if method == "balanced" else "label_smoothing"
+            return self._head(self._baseline(name, train, self.rows.balanced))
         return {"scrubbing": self._scrubbing, "tfidf": self._tfidf, "zero_shot": self._zero_shot}[method]()
 
     def _selfreg(self, method: str) -> dict[str, Scores]:

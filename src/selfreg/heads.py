@@ -81,6 +81,7 @@ class Heads:
             offset_weight=part.offset_weight,
             remove_unintended=part.remove_unintended,
             weight_decay=part.weight_decay,
+            label_smoothing_factor=part.label_smoothing_factor,
             num_train_epochs=part.epochs,
             learning_rate=part.learning_rate,
             per_device_train_batch_size=part.batch_size,

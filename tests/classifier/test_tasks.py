@@ -314,6 +314,27 @@ def test_what_does_not_go_together_is_refused(frozen: HiddenStateExtractor, text
         _model("regression", frozen).set_standardization(states.pooled, states.labels)
 
 
+def test_smoothed_losses() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 2, (9, 3), generator=generator)
+    p = logits.sigmoid()
+    targets = 0.8 * labels + 0.1
+    wanted = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+    torch.testing.assert_close(task_loss("multi_label", logits, labels, label_smoothing=0.2), wanted)
+    pairs, chosen = logits[:, :2], torch.zeros(9, dtype=torch.long)
+    q = (pairs[:, 0] - pairs[:, 1] - 0.5).sigmoid()
+    wanted = -(0.9 * q.log() + 0.1 * (1 - q).log()).mean()
+    found = task_loss("preference", pairs, chosen, margins=torch.full((9,), 0.5), label_smoothing=0.2)
+    torch.testing.assert_close(found, wanted)
+    p = pairs.sigmoid()
+    wanted = (
+        -(0.9 * p[:, 0].log() + 0.1 * (1 - p[:, 0]).log() + 0.9 * (1 - p[:, 1]).log() + 0.1 * p[:, 1].log()).mean() / 2
+    )
+    found = task_loss("preference", pairs, chosen, preference_loss="pointwise", label_smoothing=0.2)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_balanced_weights_of_many_labels(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
     rows = [{"text": text, "label": [1, int(i == 0), i % 2]} for i, text in enumerate(texts)]
     args = make_args(tmp_path, class_weights="balanced")
@@ -385,10 +406,10 @@ def test_a_weight_does_not_hang_on_its_batch(
 
 
 def test_what_would_have_no_effect_is_refused(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
-    rows = [{"text": text, "label": i % 3} for i, text in enumerate(texts)]
     args = make_args(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would have no effect"):
-        RegularizedTrainer(model=make_classifier(frozen), args=args, train_dataset=rows)
+        RegularizedTrainer(model=_model("regression", frozen), args=args, train_dataset=_rows("regression", texts))
+    rows = [{"text": text, "label": i % 3} for i, text in enumerate(texts)]
     partly = [{**row, "weight": None if i == 2 else 1.0} for i, row in enumerate(rows)]
     with pytest.raises(ValueError, match="row 2 has weight=None: give every row a number"):
         RegularizedTrainer(model=make_classifier(frozen), args=make_args(tmp_path), train_dataset=partly)

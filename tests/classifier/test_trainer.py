@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import (
@@ -173,10 +174,29 @@ def test_class_weights(frozen: HiddenStateExtractor, texts: list[str], tmp_path:
     batch = {"pooled": trainer.train_dataset.pooled, "labels": trainer.train_dataset.labels}
     model.train()
     loss = trainer.task_loss(model, batch)[0]
-    wanted = torch.nn.functional.cross_entropy(model(pooled=batch["pooled"]).logits, batch["labels"], weight=weight)
-    torch.testing.assert_close(loss, wanted)
+    losses = F.cross_entropy(
+        model(pooled=batch["pooled"]).logits, batch["labels"], reduction="none", label_smoothing=0.1
+    )
+    torch.testing.assert_close(loss, (losses * weight[batch["labels"]]).sum() / weight[batch["labels"]].sum())
     with pytest.raises(ValueError, match="class_weights has 2 weights, the model has 3"):
         RegularizedTrainer(model=model, args=make_args(tmp_path, class_weights=[1.0, 2.0]), train_dataset=rows)
+
+
+@pytest.mark.parametrize(("given", "smoothing"), [(None, 0.1), (0.0, 0.0), (0.4, 0.4)])
+def test_targets_are_softened_in_training_alone(
+    given: float | None, smoothing: float, frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    model = make_classifier(frozen)
+    torch.nn.init.normal_(model.score.weight)
+    args = make_args(tmp_path, label_smoothing_factor=given)
+    trainer = RegularizedTrainer(model=model, args=args, train_dataset=make_rows(texts))
+    assert (args.label_smoothing_factor, trainer.args.label_smoothing_factor) == (given, smoothing)
+    states = trainer.train_dataset
+    batch = {"pooled": states.pooled, "labels": states.labels}
+    for softened in (smoothing, 0.0):
+        model.train(softened == smoothing)
+        wanted = F.cross_entropy(model(pooled=states.pooled).logits, states.labels, label_smoothing=softened)
+        torch.testing.assert_close(trainer.task_loss(model, batch)[0], wanted)
 
 
 def test_best_checkpoint_is_restored_whole(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:

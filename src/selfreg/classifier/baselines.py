@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 L2_WEIGHT_DECAY = 2.0
 """Decoupled decay of AdamW, the same that selfreg's classifier has by default."""
 _DROPOUT, _LABEL_SMOOTHING, _FOCAL_GAMMA = 0.3, 0.1, 2.0
-_VARIANTS = ("dropout", "label_smoothing", "focal", "spectral_norm")
-BASELINES = ("plain", "l2", *_VARIANTS, "leace", "projection")
+_VARIANTS = ("dropout", "focal", "spectral_norm")
+BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")
 """All that `fit_baseline` knows."""
 
 
@@ -116,7 +116,8 @@ def fit_baseline(
     Args:
         name: one of `BASELINES`.
         config: of the classifier that it is compared with.
-        args: of that classifier's training; penalties, removal and (but for `l2`) weight decay are turned off here.
+        args: of that classifier's training; penalties, removal and (but for `l2` and `label_smoothing`) weight decay
+            and label smoothing are turned off here.
         train: pooled states before any removal.
         groups: the group of each training text, None where it is not known; for `leace`.
         directions (`[U, hidden_size]`): decoder directions of the unintended features; for `projection`.
@@ -135,6 +136,7 @@ def fit_baseline(
         offset_weight=0.0,
         remove_unintended=False,
         weight_decay=L2_WEIGHT_DECAY if name == "l2" else 0.0,
+        label_smoothing_factor=_LABEL_SMOOTHING if name == "label_smoothing" else 0.0,
     )
     plain = RegularizedSequenceClassifierConfig(
         hidden_size=config.hidden_size,
@@ -145,10 +147,10 @@ def fit_baseline(
         task=config.task,
     )
     model = RegularizedSequenceClassifier(plain)
-    if name in ("plain", "l2"):
-        return fit_head(name, model, args, train, callbacks=callbacks)
     if name in ("label_smoothing", "focal") and config.task == "regression":
         return None
+    if name in ("plain", "l2", "label_smoothing"):
+        return fit_head(name, model, args, train, callbacks=callbacks)
     if name in _TRAINERS:
         return fit_head(name, model, args, train, callbacks=callbacks, trainer_class=_TRAINERS[name])
     if name == "leace":
@@ -177,21 +179,6 @@ class _DropoutTrainer(RegularizedTrainer):
         return super().task_loss(model, inputs)
 
 
-class _LabelSmoothingTrainer(RegularizedTrainer):
-    """Some of the target's probability is spread over all labels, or over both sides of a pair."""
-
-    def loss_of(
-        self, logits: Tensor, labels: Tensor, model: RegularizedSequenceClassifier, **columns: Tensor | None
-    ) -> Tensor:
-        own: Tensor = super().loss_of(logits, labels, model, **columns)
-        if not model.training:
-            return own
-        each = _spread_loss(model.task, logits)
-        weights = self.weights_of(labels, model.task, columns.get("sample_weights")).to(each)
-        spread = weighted_mean(each, weights, self.mean_weight)
-        return (1 - _LABEL_SMOOTHING) * own + _LABEL_SMOOTHING * spread
-
-
 class _FocalTrainer(RegularizedTrainer):
     """Texts that are told well already count less: (1 - p)^γ · cross-entropy, p the probability of the true label."""
 
@@ -214,20 +201,11 @@ def focal_losses(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     return (1 - torch.exp(-each)).pow(_FOCAL_GAMMA) * each
 
 
-def _spread_loss(task: Task, logits: Tensor) -> Tensor:
-    """The loss `[N]` where every label is as likely as the others."""
-    if task == "multi_label":
-        return (F.softplus(-logits) / 2 + F.softplus(logits) / 2).mean(dim=1)
-    return -F.log_softmax(logits, dim=1).mean(dim=1)
-
-
 class _SpectralNormTrainer(RegularizedTrainer):
     """The weights have a spectral norm of 1; see `fit_head`."""
 
 
-_TRAINERS = dict(
-    zip(_VARIANTS, (_DropoutTrainer, _LabelSmoothingTrainer, _FocalTrainer, _SpectralNormTrainer), strict=True)
-)
+_TRAINERS = dict(zip(_VARIANTS, (_DropoutTrainer, _FocalTrainer, _SpectralNormTrainer), strict=True))
 
 
 def _projector(directions: Tensor) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,7 @@ from selfreg.classifier.collator import labels_of, numbers_of
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import as_targets, text_weights
-from selfreg.classifier.training_args import RegularizedTrainingArguments
+from selfreg.classifier.training_args import LABEL_SMOOTHING, RegularizedTrainingArguments
 
 
 def check_dataset(dataset: Any, model: RegularizedSequenceClassifier, name: str, *, training: bool) -> Tensor | None:
@@ -131,3 +131,17 @@ def label_weights(
     if len(weights) != num_labels:
         raise ValueError(f"class_weights has {len(weights)} weights, the model has {num_labels} labels")
     return torch.tensor(weights, dtype=torch.float32)
+
+
+def smoothing_of(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier) -> float:
+    """`args.label_smoothing_factor` for a classifier of selfreg.
+
+    Raises:
+        ValueError: it is more than 0, and the task has no labels.
+    """
+    given = args.label_smoothing_factor
+    if model.task != "regression":
+        return LABEL_SMOOTHING if given is None else given
+    if given:
+        raise ValueError(f"label_smoothing_factor={given} would have no effect here: task 'regression' has no labels")
+    return 0.0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selfreg.classifier.arguments import AUTO
-from selfreg.classifier.inputs import label_weights
+from selfreg.classifier.inputs import label_weights, smoothing_of
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.solver import HeadProblem
@@ -54,8 +54,9 @@ class PathPoint:
     Attributes:
         strength (`float`): what the unit of each weight that is chosen is multiplied by.
         penalty_weight, dependence_weight (`float`): the weights.
-        train_loss (`float`): task loss of the texts that the head was solved on.
-        validation_loss, validation_se (`float`): task loss of the validation texts, and its standard error.
+        train_loss (`float`): task loss of the texts that the head was solved on, with the label smoothing of `args`.
+        validation_loss, validation_se (`float`): task loss of the validation texts, without it, and its standard
+            error.
         score (`float`): accuracy, F1 (mean over labels) or R² on the validation texts; see `SCORES`.
         similarity, dependence (`float`): the two terms without their weights.
         iterations (`int`), converged (`bool`): of the solver.
@@ -158,7 +159,7 @@ def weight_path(
     Args:
         model: the classifier. Its standardisation is worked out anew, from the texts solved on.
         train: pooled states of the training set.
-        args: weights, similarity, `class_weights`, `preference_loss` and `seed`.
+        args: weights, similarity, `class_weights`, `preference_loss`, `label_smoothing_factor` and `seed`.
         validation: pooled states to choose by. None: a fifth of `train`, with the same share of every label where
             there is one label a text.
         points: of the path, the first without the terms that are chosen.
@@ -200,7 +201,13 @@ def _solve_path(
 ) -> WeightPath:
     regularizer = fitted_regularizer(model, train, _with(args, dict.fromkeys(auto, 0.0)))
     loss = _Loss(label_weights(args, train.labels, model), args.preference_loss)  # type: ignore[arg-type]
-    problem = HeadProblem(model, train, label_weights=loss.label_weights, preference_loss=loss.preference_loss)
+    problem = HeadProblem(
+        model,
+        train,
+        label_weights=loss.label_weights,
+        preference_loss=loss.preference_loss,
+        label_smoothing=smoothing_of(args, model),
+    )
     ridges: list[tuple[float, float]] = []
     if ridge is None:
         ridge, ridges = _search_ridge(problem, validation, loss)

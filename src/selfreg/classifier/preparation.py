@@ -18,7 +18,6 @@ from selfreg.classifier.training_args import RegularizedTrainingArguments
 logger = logging.getLogger(__name__)
 
 OWN_UNUSED = {
-    "label_smoothing_factor": "the loss of a RegularizedSequenceClassifier has none",
     "compute_loss_func": "the loss is that of the task; subclass RegularizedTrainer and override loss_of",
 }
 STOCK_UNUSED = {

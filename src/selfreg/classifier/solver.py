@@ -72,6 +72,7 @@ def solve_head(
     ridge: float = DEFAULT_RIDGE,
     label_weights: Tensor | None = None,
     preference_loss: PreferenceLoss = "bradley_terry",
+    label_smoothing: float = 0.0,
     start: Tensor | None = None,
     tolerance: float = 1e-4,
     max_iterations: int = 500,
@@ -85,6 +86,7 @@ def solve_head(
         ridge: weight of ‖W‖² / 2 beside the mean loss of a text: 1 / (C · N) of scikit-learn. More than 0.
         label_weights (`[L]`, *optional*): weight of each label in the task loss.
         preference_loss: of pairs.
+        label_smoothing: see `task_loss`.
         start (`[L, D]`, *optional*): weights to start from; zero if None. For a convex objective they change the time
             it takes, and not the result.
         tolerance: largest entry of the gradient, in units where the curvature is about 1.
@@ -93,7 +95,9 @@ def solve_head(
     Raises:
         ValueError: a ridge that is not positive, a margin with `preference_loss="pointwise"`, or an unknown loss.
     """
-    problem = HeadProblem(model, states, label_weights=label_weights, preference_loss=preference_loss)
+    problem = HeadProblem(
+        model, states, label_weights=label_weights, preference_loss=preference_loss, label_smoothing=label_smoothing
+    )
     return problem.solve(regularizer, ridge=ridge, start=start, tolerance=tolerance, max_iterations=max_iterations)
 
 
@@ -101,7 +105,7 @@ class HeadProblem:
     """Cached states as `solve_head` needs them, to solve over them more than once.
 
     Args:
-        model, states, label_weights, preference_loss: as for `solve_head`.
+        model, states, label_weights, preference_loss, label_smoothing: as for `solve_head`.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class HeadProblem:
         *,
         label_weights: Tensor | None = None,
         preference_loss: PreferenceLoss = "bradley_terry",
+        label_smoothing: float = 0.0,
     ) -> None:
         check_choice("preference_loss", preference_loss, PreferenceLoss)
         if states.margins is not None and preference_loss == "pointwise":
@@ -119,6 +124,7 @@ class HeadProblem:
             )
         self.model, self.states = model, states
         self.label_weights, self.preference_loss = label_weights, preference_loss
+        self.label_smoothing = label_smoothing
         with torch.no_grad():
             rows = model.standardize(states.pooled.to(model.score.weight.device))
         # The two sides' scores are compared: what both share, as the bias, drops out.
@@ -209,6 +215,7 @@ class HeadProblem:
             margins=states.margins,
             target_scale=scale.cpu() if isinstance(scale, Tensor) else scale,
             preference_loss=self.preference_loss,
+            label_smoothing=self.label_smoothing,
         )
 
     def _settle(

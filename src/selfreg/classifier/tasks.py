@@ -48,6 +48,7 @@ def task_loss(
     target_scale: Tensor | float = 1.0,
     preference_loss: PreferenceLoss = "bradley_terry",
     mean_weight: float | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """The (weighted) mean loss of a batch; see the table at the top of this file.
 
@@ -62,24 +63,31 @@ def task_loss(
         preference_loss: of the two losses of `preference`.
         mean_weight: mean of the texts' weights over the whole training set. With it a text counts the same whatever
             else is in its batch; None: the weights are those of all texts there are.
+        label_smoothing: this much of the target's probability is spread over all labels, over yes and no of each
+            label (`multi_label`), or over both sides (`preference`); not for `regression`.
     """
+    s = label_smoothing
     weights = torch.ones_like(logits[:, 0]) if sample_weights is None else sample_weights.to(logits)
     if task == "single_label":
-        each = F.cross_entropy(logits, labels, reduction="none")
+        each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=s)
         if label_weights is not None:
             weights = weights * label_weights.to(logits)[labels]
     elif task == "multi_label":
-        each = _weighted(
-            F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none"), label_weights
-        )
+        targets = (1 - s) * labels.to(logits) + s / 2
+        each = _weighted(F.binary_cross_entropy_with_logits(logits, targets, reduction="none"), label_weights)
     elif task == "regression":
         each = ((logits[:, 0] - labels.to(logits)) / target_scale).pow(2)
     elif preference_loss == "bradley_terry":
         difference = logits[:, 0] - logits[:, 1]
-        each = -F.logsigmoid(difference if margins is None else difference - margins.to(logits))
+        each = _surely(difference if margins is None else difference - margins.to(logits), s)
     else:
-        each = -(F.logsigmoid(logits[:, 0]) + F.logsigmoid(-logits[:, 1])) / 2
+        each = (_surely(logits[:, 0], s) + _surely(-logits[:, 1], s)) / 2
     return weighted_mean(each, weights, mean_weight)
+
+
+def _surely(logits: Tensor, smoothing: float) -> Tensor:
+    """Binary cross-entropy of logits whose target is 1 - smoothing / 2."""
+    return F.softplus(-logits) + smoothing / 2 * logits
 
 
 def weighted_mean(each: Tensor, weights: Tensor, mean_weight: float | None) -> Tensor:

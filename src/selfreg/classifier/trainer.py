@@ -1,5 +1,6 @@
 """RegularizedTrainer: trains a classifier that stays off the unintended features."""
 
+import copy
 import logging
 import shutil
 from pathlib import Path
@@ -13,7 +14,14 @@ from transformers.trainer_utils import HubStrategy
 
 from selfreg.classifier.checkpoint import BACKBONE_PREFIX, check_saved_whole
 from selfreg.classifier.collator import ClassifierCollator, pooled_dataset
-from selfreg.classifier.inputs import check_dataset, check_margins, check_removal, label_weights, mean_weight
+from selfreg.classifier.inputs import (
+    check_dataset,
+    check_margins,
+    check_removal,
+    label_weights,
+    mean_weight,
+    smoothing_of,
+)
 from selfreg.classifier.lora import ADAPTER_FOLDER, restore_adapter, unsaved_parameters
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.path import WeightPath
@@ -110,6 +118,7 @@ class RegularizedTrainer(RegularizationMixin):
                 _check_states_stay(part, model, name)
             refuse_unused(args, kwargs, OWN_UNUSED)
             self._label_weights = label_weights(args, labels, model)
+            smoothing = smoothing_of(args, model)
             if labels is not None:
                 self.mean_weight = mean_weight(train_dataset, labels, self._label_weights, model)
             if args.offset_weight and not cached:
@@ -138,6 +147,9 @@ class RegularizedTrainer(RegularizationMixin):
             frozen = dict(model.backbone.named_parameters()) if model.backbone_is_frozen and model.backbone else {}
             ignored = [BACKBONE_PREFIX + name for name in frozen]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+            args = copy.copy(args)
+            # transformers has a loss of its own for it.
+            args.label_smoothing_factor = 0.0
         else:
             refuse_unused(args, kwargs, STOCK_UNUSED)
         super().__init__(
@@ -148,6 +160,8 @@ class RegularizedTrainer(RegularizationMixin):
             unintended=unintended,
             **kwargs,
         )
+        if own:
+            self.args.label_smoothing_factor = smoothing
         self.label_names = ["labels"]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,6 +205,8 @@ class RegularizedTrainer(RegularizationMixin):
             target_scale=model.loss_scale,
             preference_loss=self.args.preference_loss,
             mean_weight=self.mean_weight,
+            # What is evaluated is the loss itself.
+            label_smoothing=self.args.label_smoothing_factor if model.training else 0.0,
             **columns,
         )
 

@@ -83,7 +83,7 @@ def train_sae(folder: Path) -> None:
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
-    trainer.create_model_card()
+    trainer.create_model_card(language="en", license="apache-2.0")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,11 @@ def test_card_of_a_trainer(extractor: HiddenStateExtractor, texts: list[str], tm
     trainer = SAETrainer(make_sae(extractor), args, store, store)
     trainer.train()
     figures = trainer.evaluate()
-    trainer.create_model_card()
+    trainer.create_model_card("en", license="mit", dataset_tags="me/texts")
+    metadata = metadata_load(tmp_path / "my-sae" / "README.md")
+    assert (metadata["language"], metadata["license"], metadata["datasets"]) == ("en", "mit", ["me/texts"])
+    with pytest.raises(ValueError, match="dataset would have no effect on a card"):
+        trainer.create_model_card(dataset="texts")
     text = (tmp_path / "my-sae" / "README.md").read_text()
     assert MARK in text
     assert f"| {figures['eval_fvu']:.4f} | {figures['eval_l0']:.1f} |" in text

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 Layer = int | Literal["final"]
 _Loaded = TypeVar("_Loaded")
 
-_PACKAGE = "package:"
+PACKAGE = "package:"
+"""Before the import name of a package that carries model files."""
 _PATIENCE = 5.0
 """Seconds to wait for an answer that can be done without."""
 _SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -58,8 +59,8 @@ def resolve_model(name: str, *, revision: str | None = None, gguf_file: str | No
         FileNotFoundError: the package is not installed, or the file is not in the folder.
     """
     path = name
-    if name.startswith(_PACKAGE):
-        package = name.removeprefix(_PACKAGE)
+    if name.startswith(PACKAGE):
+        package = name.removeprefix(PACKAGE)
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise FileNotFoundError(

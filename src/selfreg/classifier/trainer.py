@@ -252,7 +252,7 @@ class RegularizedTrainer(RegularizationMixin):
         elif self.is_world_process_zero():
             from selfreg.hub.cards import write_trainer_card
 
-            write_trainer_card(self)
+            write_trainer_card(self, *args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         model, pushes = self.model, self.args.hub_strategy != HubStrategy.END

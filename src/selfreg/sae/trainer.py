@@ -138,7 +138,7 @@ class SAETrainer(PartsTrainer):
         if self.is_world_process_zero():
             from selfreg.hub.cards import write_trainer_card
 
-            write_trainer_card(self)
+            write_trainer_card(self, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if isinstance(self.train_dataset, StreamingActivations):

@@ -1,6 +1,6 @@
 """A reward model with TRL's RewardTrainer that stays off the unintended features, say those of a reply's length.
 
-pip install trl
+pip install trl            # on a CPU add --use_cpu --bf16 False: TRL's default is bfloat16 on an accelerator
 python examples/reward_trainer.py --model Qwen/Qwen3-0.6B --train pairs.jsonl --unintended unintended \
     --penalty_weight 10 --dependence_weight 30 --output_dir runs/reward
 """

@@ -6,6 +6,7 @@ python examples/train_classifier.py --output runs/example
 import argparse
 
 from datasets import Dataset
+from transformers import set_seed
 
 from selfreg import (
     FeatureCatalog,
@@ -30,6 +31,7 @@ parser.add_argument("--features", type=int, default=4608, help="width of the SAE
 parser.add_argument("--epochs", type=float, default=10, help="of the SAE")
 parser.add_argument("--output", default="runs/example")
 args = parser.parse_args()
+set_seed(0)
 
 labels = sorted({note["label"] for note in load_notes("train")})
 train, shifted = (

@@ -25,7 +25,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "relu": ({"activation": "relu"}, {}),
     "prefixes": ({"prefixes": [8, 48]}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 50}),
     "finetune": ({}, {"objective": "finetune"}),
+    "uneven": ({}, {}),
 }
+UNEVEN = 1030
+"""States that the last batch of an epoch is short of."""
 SHARDED = ("topk", "jumprelu", "finetune")
 """With FSDP as well."""
 
@@ -42,7 +45,8 @@ def train(name: str, folder: Path, processes: int = 1, **extra: Any) -> SAETrain
     args = make_args(
         folder, max_steps=STEPS, learning_rate=5e-3, dead_after_tokens=300, logging_steps=1, use_cpu=True, **settings
     )
-    trainer = SAETrainer(sae, args, train_dataset=States(), eval_dataset=States(seed=1, count=900))
+    states = States(UNEVEN) if name == "uneven" else States()
+    trainer = SAETrainer(sae, args, train_dataset=states, eval_dataset=States(seed=1, count=900))
     trainer.train()
     trainer.evaluate()
     return trainer

@@ -1,5 +1,6 @@
 """The SAE of a recipe: pre-trained on hidden states or loaded, then fine-tuned on the task's texts."""
 
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,10 +16,12 @@ from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.sae.trainer import SAETrainer
-from selfreg.sae.training_args import SAETrainingArguments
+from selfreg.sae.training_args import FEW_STEPS, SAETrainingArguments
 from selfreg.stages import Stages, again
 from selfreg.utils.files import atomic_folder
 from selfreg.utils.trainer import StepProgress, last_whole_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def load_sae(recipe: SAERecipe) -> SAEForFeatureExtraction:
@@ -155,6 +158,14 @@ class SAEStages:
         )
         label = "SAE pre-training" if objective == "pretrain" else "SAE fine-tuning"
         trainer = SAETrainer(sae, args, train_dataset=store, callbacks=[StepProgress(label)])
+        steps = int(store.num_tokens / batch_size * epochs)
+        if objective == "pretrain" and steps < FEW_STEPS:
+            logger.warning(
+                "%d steps of SAE pre-training: it learns little in so few, some 1,000 do; give sae.pretrain more "
+                "epochs than %g or a smaller batch_size, or more texts (data.sae_text)",
+                steps,
+                epochs,
+            )
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
         return trainer.state.log_history
 

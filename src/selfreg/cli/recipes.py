@@ -33,6 +33,18 @@ def run(
 ) -> None:
     """Run a recipe: hidden states, SAE, unintended features, classifiers, figures and a report.
 
+    A recipe that says no more than it must:
+
+        output: runs/mine
+
+        backbone: {model: HuggingFaceTB/SmolLM2-135M-Instruct, layer: 15}
+
+        data: {text: text, label: label, train: {path: train.csv}, eval: {test: {path: test.csv}}}
+
+        features: {keywords: [she, he, her, his]}
+
+    Example: selfreg run mine.yaml --set classifier.penalty_weight=auto
+
     Stages that are already done for the same inputs are skipped, so that a run that was cut short, by an error or a
     kill, goes on where it was when the same command is given again.
     """

@@ -44,7 +44,6 @@ Seed = Annotated[int, typer.Option(help="Of the order of the states, and of firs
 
 _SAVE_STEPS = 50
 _FAR_FROM_K = 0.25
-_FEW_STEPS = 200
 # Activations of a feature to be expected, were all alike, before its silence says something.
 _TOKENS_FOR_DEAD = 100
 _HELD_OUT = 20
@@ -54,7 +53,9 @@ _HELD_OUT = 20
 @app.command()
 def train(
     texts: Texts,
-    model: Annotated[str, typer.Option(help="Backbone: a Hub id or a folder.")],
+    model: Annotated[
+        str, typer.Option(help="Backbone: a Hub id, a folder, or package:NAME of a Python package with model files.")
+    ],
     layer: Annotated[str, typer.Option(help="After which block, counted from 0; or 'final'.")],
     output: Output,
     features: Annotated[int, typer.Option(help="Number of latent features.", min=1)] = 4608,
@@ -72,6 +73,8 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train an SAE on a backbone's hidden states of your texts.
+
+    Example: selfreg sae train texts.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct --layer 15 -o my-sae
 
     Started again after a kill it goes on where it was. At the end: FVU (fraction of variance unexplained), L0 (active
     features of a state) and the share of dead features, on every twentieth text, which training does not see.
@@ -114,6 +117,8 @@ def finetune(
 ) -> None:
     """Fine-tune an SAE on the texts of a task: the paper's two-part loss.
 
+    Example: selfreg sae finetune my-sae task.csv --column text -o my-task-sae
+
     Features that are dead on these texts learn what the live ones leave unexplained, at a rate that disturbs those
     little. How many are alive afterwards depends on the steps: see the table in README.
     """
@@ -138,7 +143,10 @@ def evaluate(
     model: Model = None,
     layer: LayerOption = None,
 ) -> None:
-    """How well an SAE describes texts: FVU, L0, dead features."""
+    """How well an SAE describes texts: FVU, L0, dead features.
+
+    Example: selfreg sae eval my-task-sae other.jsonl --max-tokens 50000
+    """
     import tempfile
 
     with clear_errors():
@@ -163,6 +171,8 @@ def convert(
     layer: LayerOption = None,
 ) -> None:
     """Convert an SAE between libraries.
+
+    Example: selfreg sae convert google/gemma-scope-2b-pt-res my-sae --subfolder layer_12/width_16k/average_l0_82
 
     Read are selfreg, SAELens (standard, gated, topk, jumprelu, batchtopk, matryoshka), Gemma Scope, sparsify,
     dictionary_learning, the sparse autoencoder module of sentence-transformers and the .pth files of the paper's
@@ -205,7 +215,7 @@ def _train(
 ) -> None:
     from selfreg.sae.fingerprint import sae_fingerprint
     from selfreg.sae.trainer import SAETrainer
-    from selfreg.sae.training_args import SAETrainingArguments
+    from selfreg.sae.training_args import FEW_STEPS, SAETrainingArguments
     from selfreg.utils.files import fingerprint_json
     from selfreg.utils.trainer import StepProgress, last_whole_checkpoint
 
@@ -248,7 +258,7 @@ def _train(
     trainer = SAETrainer(sae, arguments, train_dataset=store, callbacks=[StepProgress(f"SAE, {objective}")])
     steps = math.ceil(store.num_tokens / batch_size * epochs)
     say(f"about {steps:,} steps of {batch_size:,} states")
-    if objective == "pretrain" and steps < _FEW_STEPS:
+    if objective == "pretrain" and steps < FEW_STEPS:
         warn(f"an SAE learns little in so few steps: some 1,000 do; give more texts or epochs (--epochs {epochs:g})")
     unfinished = last_whole_checkpoint(checkpoints)
     if unfinished is not None:

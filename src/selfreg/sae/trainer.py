@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import nullcontext
 from typing import Any
 
@@ -82,6 +82,10 @@ class SAETrainer(PartsTrainer):
         kwargs.setdefault("data_collator", collate_states)
         # Not in the caller's: they may be used for an SAE of another width.
         args = copy.copy(args)
+        batch = args.per_device_train_batch_size * args.world_size
+        if isinstance(train_dataset, Sized) and len(train_dataset) < batch:
+            # The short batch is all there is.
+            args.dataloader_drop_last = False
         if args.learning_rate is None:
             args.learning_rate = learning_rate_for(model.config.num_features)
         if args.n_gpu > 1:

@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 
 OBJECTIVES = ("pretrain", "finetune")
 
+FEW_STEPS = 200
+"""Of pre-training, below which an SAE has learned little."""
 FSDP1_REFUSED = (
     "FSDP version 1 cuts weights without regard to rows, and decoder directions could not be kept at unit length: use "
     "version 2 (fsdp_config={'version': 2}, which is the default; fsdp_version: 2 in the file of `accelerate config`)"
@@ -20,7 +22,8 @@ class SAETrainingArguments(TrainingArguments):
     [`~transformers.TrainingArguments`] with what SAE training adds. A batch is a number of hidden states.
 
     Other defaults: `per_device_train_batch_size=2048`, `adam_epsilon=6.25e-10`, `optim="adamw_torch_fused"`,
-    `weight_decay=0`, `remove_unused_columns=False`, `logging_steps=50`. What is None there follows the objective:
+    `weight_decay=0`, `remove_unused_columns=False`, `logging_steps=50`, `dataloader_drop_last=True` (where there is
+    more than one batch). What is None there follows the objective:
     `learning_rate` (by the width of the SAE; `5e-5` for `"finetune"`), `lr_scheduler_type` (constant, and down to 0
     over the last 30 % of the steps; `"linear"` for `"finetune"`), `adam_beta2` (0.99; 0.999 for `"finetune"`).
 
@@ -65,6 +68,8 @@ class SAETrainingArguments(TrainingArguments):
     adam_epsilon: float = field(default=6.25e-10, metadata={"help": "Epsilon of Adam."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "The optimizer."})
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
+    # Several processes would fill it up with states from the start of the epoch, and no longer do as one does.
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out an epoch's last, short batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold hidden states only."})
 
     def __post_init__(self) -> None:

@@ -76,8 +76,10 @@ def find_format(path: Path, name: str | None = None) -> str:
 
 
 def saes_below(path: Path) -> list[str]:
-    """The folders below one on this machine that hold an SAE; other models of transformers are left out."""
-    found = list_saes(entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
+    """The folders below one on this machine that hold an SAE; other models of transformers, and what lies in hidden
+    folders, such as the checkpoints of a training that was cut short, are left out."""
+    names = (entry.relative_to(path) for entry in path.rglob("*") if entry.is_file())
+    found = list_saes(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
     return [
         sae
         for sae in found

@@ -146,15 +146,15 @@ def test_dry_run_tells_what_the_run_then_takes(arguments: list[str], folder: Pat
     assert (folder / "features.parquet").read_bytes() == before
     assert not (folder / "answers.jsonl").exists()
     calls = int(told.split(": about ")[1].split(" calls")[0])
-    assert "(0 are answered or come twice)" in told
-    prompt_tokens = told.split("already), about ")[1].split(" tokens to read")[0]
+    assert "(0 answered or coming twice)" in told
+    prompt_tokens = told.split("twice), about ")[1].split(" tokens to read")[0]
     assert f"price about {prompt_tokens}.00" in told
     done = run(*settings)
     assert len(server.bodies) == calls > 0
     assert f"m: {calls} calls made, 0 answers were there already" in done
     again = run(*settings, "--dry-run")
     # After an explanation others may follow; here it is the same as before.
-    assert f"about 0 calls to make ({calls} are answered or come twice)" in again
+    assert f"about 0 calls to make ({calls} answered or coming twice)" in again
     run(*settings)
     assert len(server.bodies) == calls
 

@@ -147,7 +147,7 @@ def tell_estimate(
     estimate = counting.estimate
     about = "about " if estimate.estimated else ""
     say(
-        f"{chat.name}: about {estimate.calls:,} calls to make ({estimate.cached:,} are answered or come twice), {about}"
+        f"{chat.name}: about {estimate.calls:,} calls to make ({estimate.cached:,} answered or coming twice), {about}"
         f"{estimate.prompt_tokens:,} tokens to read and up to {estimate.completion_tokens:,} to write; an answer that "
         "is no option takes a call more"
     )

@@ -226,7 +226,8 @@ def about_trial(trial: Trial) -> dict[str, Any]:
 def _key(base: list[Any], pool: Pool, seed: int, method: str) -> str:
     rows = pool.rows(seed)
     # What only selfreg's own methods have leaves the others as they are.
-    own = [LABEL_SMOOTHING] if method in SELFREG or method in ABLATIONS else []
+    changes = {**SELFREG, **ABLATIONS}.get(method)
+    own = [] if changes is None or changes[1].get("offset_weight") else [LABEL_SMOOTHING]
     return fingerprint_json([base, seed, rows.train, rows.evals, rows.balanced, *own])
 
 

@@ -197,7 +197,10 @@ class ClassifierRecipe(_Part):
     remove_unintended: bool = True
     weight_decay: float = Field(2.0, ge=0, description="Of selfreg's classifier; l2 has its own, the others none.")
     label_smoothing_factor: float | None = Field(
-        None, ge=0, lt=1, description="Likewise. How much the targets are softened; null: 0.1, and 0 for regression."
+        None,
+        ge=0,
+        lt=1,
+        description="Likewise. How much the targets are softened; null: 0.1, and 0 for regression or with an offset.",
     )
     epochs: float = Field(100, gt=0)
     learning_rate: float = Field(3e-3, gt=0, description="Of the head.")

@@ -140,8 +140,11 @@ def smoothing_of(args: RegularizedTrainingArguments, model: RegularizedSequenceC
         ValueError: it is more than 0, and the task has no labels.
     """
     given = args.label_smoothing_factor
+    if given is None:
+        # What the offsets are sure of, softened targets would have the head take back.
+        return 0.0 if model.task == "regression" or args.offset_weight else LABEL_SMOOTHING
     if model.task != "regression":
-        return LABEL_SMOOTHING if given is None else given
+        return given
     if given:
         raise ValueError(f"label_smoothing_factor={given} would have no effect here: task 'regression' has no labels")
     return 0.0

@@ -40,10 +40,10 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
         class_weights (`str` or `list[float]`, *optional*): weight of each label in the task loss: `"balanced"`, or a
             weight a label (on a command line `1.0,2.5`).
         label_smoothing_factor (`float`, *optional*): this much of the target's probability is spread over all labels
-            in training. None: 0.1 for a [`RegularizedSequenceClassifier`] (0 for `regression`, which has none, and with
-            an offset, of which it would take back what that is sure of), 0 for a stock model. A head that tells its
-            training texts apart perfectly leans on whatever helps to be ever surer of them; with softened targets it
-            need not.
+            in training. None: 0.1 for a [`RegularizedSequenceClassifier`] (0 for `regression`, which has none, and
+            beside an offset, of which it would take back what that is sure of), 0 for a stock model. A head that tells
+            its training texts apart perfectly leans on whatever helps to be ever surer of them; with softened targets
+            it need not.
         preference_loss (`str`, defaults to `"bradley_terry"`): of pairs: `"bradley_terry"`, which compares the two
             sides, or `"pointwise"`, which judges each by itself; see [`task_loss`].
     """

@@ -272,6 +272,24 @@ def test_headline_says_also_what_got_worse(before: float, after: float, said: st
     assert colours == ([effect] if effect else [])
 
 
+@pytest.mark.parametrize(("n", "said"), [(23, True), (2300, False), (9, False)])
+def test_headline_owns_up_to_chance(n: int, said: bool) -> None:
+    def cells(accuracy: float) -> list[dict[str, Any]]:
+        spread = 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5
+        worst = {"accuracy": accuracy, "n": n, "low": accuracy - spread, "high": accuracy + spread}
+        return [
+            {"label": "a", "group": "x", **worst},
+            {"label": "b", "group": "x", "accuracy": 0.95, "n": 900, "low": 0.93, "high": 0.96},
+        ]
+
+    metrics = {
+        "methods": {"selfreg": {"t": scores(0.9, 0.8)}, "plain": {"t": scores(0.9, 0.7)}},
+        "groups": {"selfreg": {"t": cells(0.8)}, "plain": {"t": cells(0.7)}},
+    }
+    text = Page(render_report(replace(EMPTY, metrics=metrics))).text
+    assert (f"Those are cells of {n} and {n} texts, whose 95 % intervals overlap" in text) == said
+
+
 def test_lower_is_better_where_it_is() -> None:
     methods = {
         "selfreg": {"t": scores(0.9, 0.8, leakage=0.1, unintended_use=0.0)},

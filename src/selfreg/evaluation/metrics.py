@@ -26,7 +26,7 @@ __all__ = [
     "worst_group_accuracy",
 ]
 
-_MIN_CELL = 10
+MIN_CELL = 10
 """Rows that a (label, group) cell needs before its accuracy counts in `worst_group_accuracy`."""
 
 
@@ -171,7 +171,7 @@ def worst_group_accuracy(predictions: npt.ArrayLike, labels: npt.ArrayLike, grou
     labels_M, codes_M, _, predictions_M = of_known_group(labels, groups, predictions)
     correct = predictions_M == labels_M
     accuracies = [
-        float(correct[rows].mean()) for _, _, rows in cells(labels_M, codes_M) if np.count_nonzero(rows) >= _MIN_CELL
+        float(correct[rows].mean()) for _, _, rows in cells(labels_M, codes_M) if np.count_nonzero(rows) >= MIN_CELL
     ]
     return min(accuracies, default=None)
 

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from selfreg.classifier.path import WeightPath
 from selfreg.evaluation.path_chart import path_figure
 from selfreg.evaluation.report_charts import FigureWriter, colours, curves, groups
-from selfreg.evaluation.report_figures import METHODS, clean, headline, ordered, sae, show, tables, union
+from selfreg.evaluation.report_figures import METHODS, caution, clean, headline, ordered, sae, show, tables, union
 from selfreg.features.spans import Span
 from selfreg.utils.files import atomic_path
 
@@ -92,6 +92,7 @@ def render_report(data: ReportData) -> str:
     page: dict[str, Any] = {
         "data": data,
         "headline": sentences,
+        "caution": caution(sentences[0], cells) if sentences else None,
         "tiles": tiles,
         "tables": eval_tables,
         "nulls": any(cell.value is None for table in eval_tables for row in table["rows"].values() for cell in row),

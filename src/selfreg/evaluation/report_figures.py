@@ -2,11 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from numbers import Real
 from typing import Any
+
+from selfreg.evaluation.metrics import MIN_CELL
 
 # Control characters that HTML has no place for, and halves of surrogate pairs, which UTF-8 can't hold.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -202,6 +204,28 @@ def headline(methods: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[li
     sentences = list(dict.fromkeys([first, *cost]))
     use = [change for key in ("leakage", "unintended_use", "unintended_dependence") for change in changes(key)]
     return sentences, sentences + [change for change in use if change.eval_name == first.eval_name]
+
+
+def caution(change: _Change, cells: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str | None:
+    """What to say of a change of the worst group where it may be chance; None where it is none, or of something else.
+
+    Args:
+        change: the first of `headline`.
+        cells: of each method, by eval set: rows with `n`, `accuracy`, `low` and `high`.
+    """
+    if change.figure is not _FIGURES["worst_group_accuracy"] or change.reference is None:
+        return None
+    worst = []
+    for name in (change.reference, change.method):
+        counted = [cell for cell in cells.get(name, {}).get(change.eval_name, ()) if cell["n"] >= MIN_CELL]
+        worst += sorted(counted, key=lambda cell: cell["accuracy"])[:1]
+    if len(worst) < 2 or worst[0]["high"] < worst[1]["low"] or worst[1]["high"] < worst[0]["low"]:
+        return None
+    between = " and ".join(f"{show(cell['low'], 2)} to {show(cell['high'], 2)}" for cell in worst)
+    return (
+        f"Those are cells of {worst[0]['n']} and {worst[1]['n']} texts, whose 95 % intervals overlap ({between}): "
+        "it may be chance."
+    )
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,6 @@ def arguments(folder: str, batch: int = 1024, **kwargs: Any) -> RegularizedTrain
         per_device_eval_batch_size=4096,
         num_train_epochs=20,
         weight_decay=0.1,
-        # To compare with a loss that has none.
-        label_smoothing_factor=0.0,
         lr_scheduler_type="cosine",
         eval_strategy="epoch",
         save_strategy="no",

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from benchmarks.controllability.datasets import DATASETS
-from benchmarks.controllability.methods import ABLATIONS, METHODS, SELFREG, DoesNotApply, Trial, head_arguments
+from benchmarks.controllability.methods import ABLATIONS, METHODS, DoesNotApply, Trial, head_arguments
 from benchmarks.controllability.pool import Pool
 from benchmarks.controllability.states import Workshop
 from benchmarks.controllability.summary import write_summary
 from transformers.utils.logging import disable_progress_bar
 
 from selfreg import __version__
-from selfreg.classifier.training_args import LABEL_SMOOTHING
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.utils.files import fingerprint_json, fingerprint_strings, read_json, write_json
 
@@ -167,7 +166,7 @@ def run_pool(options: Options, name: str) -> str:
         missing = [
             method
             for method in options.methods
-            if not _is_there(folder / f"seed-{seed}" / f"{method}.json", _key(key, pool, seed, method))
+            if not _is_there(folder / f"seed-{seed}" / f"{method}.json", _key(key, pool, seed))
         ]
         if not missing:
             continue
@@ -179,7 +178,7 @@ def run_pool(options: Options, name: str) -> str:
                 result = trial.run(method)
             except DoesNotApply as reason:
                 result = {"does_not_apply": str(reason)}
-            write_json(folder / f"seed-{seed}" / f"{method}.json", {"key": _key(key, pool, seed, method), **result})
+            write_json(folder / f"seed-{seed}" / f"{method}.json", {"key": _key(key, pool, seed), **result})
             done += 1
     return f"{name}: {done} results, {time.perf_counter() - started:.0f} s"
 
@@ -223,12 +222,9 @@ def about_trial(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _key(base: list[Any], pool: Pool, seed: int, method: str) -> str:
+def _key(base: list[Any], pool: Pool, seed: int) -> str:
     rows = pool.rows(seed)
-    # What only selfreg's own methods have leaves the others as they are.
-    changes = {**SELFREG, **ABLATIONS}.get(method)
-    own = [] if changes is None or changes[1].get("offset_weight") else [LABEL_SMOOTHING]
-    return fingerprint_json([base, seed, rows.train, rows.evals, rows.balanced, *own])
+    return fingerprint_json([base, seed, rows.train, rows.evals, rows.balanced])
 
 
 def _budget(folder: Path) -> list[Any]:

@@ -196,12 +196,7 @@ class ClassifierRecipe(_Part):
     )
     remove_unintended: bool = True
     weight_decay: float = Field(2.0, ge=0, description="Of selfreg's classifier; l2 has its own, the others none.")
-    label_smoothing_factor: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="Likewise. How much the targets are softened; null: 0.1, and 0 for regression or with an offset.",
-    )
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1, description="Likewise. How much the targets are softened.")
     epochs: float = Field(100, gt=0)
     learning_rate: float = Field(3e-3, gt=0, description="Of the head.")
     batch_size: int = Field(64, ge=1)
@@ -217,6 +212,8 @@ class ClassifierRecipe(_Part):
 
     @model_validator(mode="after")
     def _of_adapter(self) -> "ClassifierRecipe":
+        if self.label_smoothing_factor and self.offset_weight:
+            raise ValueError("label_smoothing_factor would take back what the offset is sure of: set one of them to 0")
         if self.lora is not None and self.offset_weight:
             raise ValueError("offset_weight needs states that stay as they are: leave lora or offset_weight out")
         return self

@@ -55,8 +55,6 @@ def make_args(folder: Path, **kwargs: Any) -> RegularizedTrainingArguments:
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-2,
         "adapter_learning_rate": 1e-2,
-        # The thresholds here were set for trainings without it.
-        "label_smoothing_factor": 0.0,
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 2,

@@ -92,10 +92,10 @@ def test_a_point_is_the_optimum_that_a_cold_start_finds_and_takes_fewer_iteratio
     for point in path.points:
         args = make_args(tmp_path, penalty_weight=point.penalty_weight, dependence_weight=point.dependence_weight)
         terms = fitted_regularizer(model, train, args)
-        problem = HeadProblem(model, train, label_smoothing=0.1)
+        problem = HeadProblem(model, train)
         cold += problem.solve(terms, ridge=path.ridge, **_SOLVER).iterations
         assert point.validation_loss == pytest.approx(loss.with_error(model, validation)[0], abs=2e-3)
-        solve_head(model, train, terms, ridge=path.ridge, label_smoothing=0.1)
+        solve_head(model, train, terms, ridge=path.ridge)
         tight, error = loss.with_error(model, validation)
         # Too little to change what is chosen.
         assert point.validation_loss == pytest.approx(tight, abs=0.2 * error)

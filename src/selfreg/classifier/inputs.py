@@ -11,7 +11,7 @@ from selfreg.classifier.collator import labels_of, numbers_of
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import as_targets, text_weights
-from selfreg.classifier.training_args import LABEL_SMOOTHING, RegularizedTrainingArguments
+from selfreg.classifier.training_args import RegularizedTrainingArguments
 
 
 def check_dataset(dataset: Any, model: RegularizedSequenceClassifier, name: str, *, training: bool) -> Tensor | None:
@@ -140,11 +140,6 @@ def smoothing_of(args: RegularizedTrainingArguments, model: RegularizedSequenceC
         ValueError: it is more than 0, and the task has no labels.
     """
     given = args.label_smoothing_factor
-    if given is None:
-        # What the offsets are sure of, softened targets would have the head take back.
-        return 0.0 if model.task == "regression" or args.offset_weight else LABEL_SMOOTHING
-    if model.task != "regression":
-        return given
-    if given:
+    if given and model.task == "regression":
         raise ValueError(f"label_smoothing_factor={given} would have no effect here: task 'regression' has no labels")
-    return 0.0
+    return given

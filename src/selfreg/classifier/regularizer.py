@@ -1,6 +1,5 @@
 """RegularizationMixin: the two extra terms of the loss in anybody's Trainer."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,10 +77,6 @@ class RegularizationMixin(PartsTrainer):
                 "UnintendedFeatures.from_pretrained(folder), or one of its other from_... methods"
             )
         super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor is None:
-            # That of RegularizedTrainingArguments, which is meant for selfreg's own classifiers.
-            self.args, self.label_smoother = copy.copy(self.args), None
-            self.args.label_smoothing_factor = 0.0
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if is_deepspeed_zero3_enabled() or (plugin is not None and plugin.fsdp_version != 2):
             raise ValueError(

@@ -10,9 +10,6 @@ from selfreg.activations.prompt import check_choice
 from selfreg.classifier.arguments import RegularizationArguments
 from selfreg.classifier.tasks import PreferenceLoss
 
-LABEL_SMOOTHING = 0.1
-"""Of a classifier of selfreg, where nothing is said."""
-
 
 @dataclass
 class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
@@ -39,11 +36,9 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
             follow the same schedule. `weight_decay` is of the head alone.
         class_weights (`str` or `list[float]`, *optional*): weight of each label in the task loss: `"balanced"`, or a
             weight a label (on a command line `1.0,2.5`).
-        label_smoothing_factor (`float`, *optional*): this much of the target's probability is spread over all labels
-            in training. None: 0.1 for a [`RegularizedSequenceClassifier`] (0 for `regression`, which has none, and
-            beside an offset, of which it would take back what that is sure of), 0 for a stock model. A head that tells
-            its training texts apart perfectly leans on whatever helps to be ever surer of them; with softened targets
-            it need not.
+        label_smoothing_factor (`float`, defaults to 0.0): this much of the target's probability is spread over all
+            labels in training. Not for `regression`, and not beside an offset, of which it would take back what that
+            is sure of.
         preference_loss (`str`, defaults to `"bradley_terry"`): of pairs: `"bradley_terry"`, which compares the two
             sides, or `"pointwise"`, which judges each by itself; see [`task_loss`].
     """
@@ -61,9 +56,6 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
         default=None, metadata={"help": "Weight of each label in the task loss: balanced, or 1.0,2.5,..."}
     )
     preference_loss: str = field(default="bradley_terry", metadata={"help": "bradley_terry or pointwise."})
-    label_smoothing_factor: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "How much the targets are softened; None: 0.1, or 0 where there is no such."}
-    )
     learning_rate: float = field(default=3e-3, metadata={"help": "Initial learning rate."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts of a batch."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts of a batch."})
@@ -78,8 +70,13 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
         check_choice("preference_loss", self.preference_loss, PreferenceLoss)
         if not 0 <= self.offset_weight <= 1:
             raise ValueError(f"offset_weight={self.offset_weight} must be from 0 to 1")
-        if self.label_smoothing_factor is not None and not 0 <= self.label_smoothing_factor < 1:
+        if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} must be from 0 to below 1")
+        if self.label_smoothing_factor and self.offset_weight:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} would take back what the offset is sure of "
+                f"(offset_weight={self.offset_weight}): set one of them to 0"
+            )
         self.label_weights()
         super().__post_init__()
         # Without an accelerator pinned memory only brings a warning.

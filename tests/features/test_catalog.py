@@ -454,7 +454,8 @@ def test_pushed_as_a_data_set(
         def create_commit(self, repo_id: str, operations: Any, **kwargs: Any) -> None:
             (tmp_path / "sent").mkdir()
             for operation in operations:
-                shutil.copy(operation.path_or_fileobj, tmp_path / "sent" / operation.path_in_repo)
+                given, target = operation.path_or_fileobj, tmp_path / "sent" / operation.path_in_repo
+                target.write_bytes(given if isinstance(given, bytes) else Path(given).read_bytes())
             sent.update(repo_id=repo_id, **kwargs)
 
     monkeypatch.setattr("selfreg.utils.hub.HfApi", Api)
@@ -467,6 +468,7 @@ def test_pushed_as_a_data_set(
         "t",
     )
     assert {path.name for path in (tmp_path / "sent").iterdir()} == {"README.md", "catalog.json", "features.parquet"}
+    assert 'from_pretrained("me/features")' in (tmp_path / "sent" / "README.md").read_text()
     assert FeatureCatalog.from_pretrained(tmp_path / "sent").records == catalog.records
     with pytest.raises(OSError, match="me/features is no folder .* and HF_HUB_OFFLINE is set"):
         FeatureCatalog.from_pretrained("me/features")

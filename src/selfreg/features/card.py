@@ -33,7 +33,8 @@ The spans are pieces of the texts that the catalogue was built from, as they wer
 ```python
 from selfreg import FeatureCatalog
 
-catalog = FeatureCatalog.from_pretrained("your-name/features")  # or datasets.load_dataset("your-name/features", split="train")
+catalog = FeatureCatalog.from_pretrained("your-name/features")
+# or datasets.load_dataset("your-name/features", split="train")
 ```
 """
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
@@ -79,6 +80,8 @@ def main(folder: Path) -> None:
         # accelerate by itself would take DDP on a CPU, and the comparison would hold.
         assert isinstance(trainer.model, FSDPModule)
         assert all(isinstance(weight, DTensor) for weight in trainer.model.parameters())
+        with pytest.raises(ValueError, match="is sharded by FSDP"):
+            trainer.model.save_pretrained(work / "pieces")
         state = result(trainer, with_weights=False)
         if trainer.is_world_process_zero():
             whole = SAEForFeatureExtraction.from_pretrained(work / f"checkpoint-{STEPS}")

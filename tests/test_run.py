@@ -432,6 +432,7 @@ def test_cut_texts_are_told(folder: Path, tmp_path: Path, caplog: pytest.LogCapt
     recipe["backbone"]["max_length"] = 4
     run_recipe(Recipe.from_dict(recipe))
     assert "160 of 160 texts fill max_length=4 tokens" in caplog.text
+    assert "steps of SAE pre-training: it learns little in so few" in caplog.text
     # Again where the extraction is skipped.
     lines: list[str] = []
     run_recipe(Recipe.from_dict(recipe), tell=lines.append)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import Pipeline
 
-from selfreg.activations.extractor import HiddenStateExtractor, check_texts
-from selfreg.activations.prompt import select_tokens
+from selfreg.activations.extractor import HiddenStateExtractor
+from selfreg.activations.prompt import check_texts, select_tokens
 from selfreg.sae.modeling import SAEForFeatureExtraction
 
 if TYPE_CHECKING:

@@ -83,6 +83,10 @@ def on_sharded_states(output: Path, rows: Dataset, results: dict[str, torch.Tens
     RegularizedTrainer(model=model, args=args, train_dataset=rows).train()
     for key, value in whole(model).items():
         torch.testing.assert_close(value, results[f"cached.{key}"])
+    with pytest.raises(ValueError, match=r"no adapter can be put in: leave .shard\(\) out"):
+        RegularizedSequenceClassifier.from_backbone(extractor, sae, None, num_labels=3, lora={"r": 4})
+    with pytest.raises(ValueError, match="save_backbone=True can't write it"):
+        model.save_pretrained(output / f"whole-{os.environ['RANK']}", save_backbone=True)
     live = replace(args, cache_states=False)
     with pytest.raises(ValueError, match="to train with fsdp=True leave .shard"):
         RegularizedTrainer(model=model, args=live, train_dataset=rows)
@@ -124,6 +128,9 @@ def main(output: Path, fsdp: bool = False) -> None:
         trainer.train()
         if fsdp:
             check_sharded(trainer.model, 2)
+            with pytest.raises(ValueError, match="its weights lie in pieces: trainer.save_model"):
+                trainer.model.save_pretrained(output / "pieces")
+            assert not (output / "pieces").exists()
         results |= {f"{name}.{key}": value for key, value in whole(trainer.model).items()}
         if lora:
             trainer.save_model(str(output / f"saved-{world}"))

@@ -136,7 +136,7 @@ def test_saved_and_loaded(
     catalog = FeatureCatalog.build(sae, extractor, texts)
     catalog.update(3, explanation="fever", explanation_verdict="Yes", verdict="No", verdict_probabilities={"No": 0.9})
     catalog.save_pretrained(tmp_path / "c")
-    again = FeatureCatalog.from_pretrained(tmp_path / "c")
+    again = FeatureCatalog.from_pretrained(tmp_path, subfolder="c")
     assert again.records == catalog.records
     assert (again.spec, again.info) == (catalog.spec, catalog.info)
     table = pq.read_table(tmp_path / "c" / "features.parquet")

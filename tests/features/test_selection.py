@@ -160,7 +160,7 @@ def test_saved_and_loaded(sae: SAEForFeatureExtraction, tmp_path: Path) -> None:
         h @ chosen.encoder_directions.T + chosen.encoder_bias, pre[:, [5, 2]], rtol=1e-4, atol=1e-4
     )
     chosen.save_pretrained(tmp_path)
-    again = UnintendedFeatures.from_pretrained(tmp_path)
+    again = UnintendedFeatures.from_pretrained(tmp_path.parent, subfolder=tmp_path.name)
     assert (again.feature_ids, again.reasons, again.num_features) == ([5, 2], ["because", "why not"], 64)
     assert again.spec == sae.config.hidden_state_spec()
     for name in ("encoder_directions", "encoder_bias", "decoder_directions"):

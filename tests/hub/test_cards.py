@@ -171,7 +171,7 @@ def test_card_of_a_trainer(extractor: HiddenStateExtractor, texts: list[str], tm
     trainer.create_model_card("en", license="mit", dataset_tags="me/texts")
     metadata = metadata_load(tmp_path / "my-sae" / "README.md")
     assert (metadata["language"], metadata["license"], metadata["datasets"]) == ("en", "mit", ["me/texts"])
-    with pytest.raises(ValueError, match="dataset would have no effect on a card"):
+    with pytest.raises(ValueError, match="dataset='texts' would have no effect here: give dataset_tags"):
         trainer.create_model_card(dataset="texts")
     text = (tmp_path / "my-sae" / "README.md").read_text()
     assert MARK in text

@@ -27,10 +27,13 @@ from selfreg.activations.dealing import own_shards
 from selfreg.activations.prompt import (
     REFERENCE_TEXT,
     Pooling,
+    Prompt,
     PromptBatch,
     PromptLayout,
     TokenRule,
+    batches_of,
     check_choice,
+    check_texts,
     collate_prompts,
     pool_hidden_states,
     select_tokens,
@@ -45,8 +48,6 @@ from selfreg.utils.progress import Advance, progress
 from selfreg.utils.sharding import InStep, shard, without_gradient
 
 logger = logging.getLogger(__name__)
-
-Prompt = tuple[list[int], int, int]
 
 
 class HiddenStateExtractor:
@@ -363,7 +364,7 @@ class HiddenStateExtractor:
         if cut:
             self._tell_cut(cut, len(prompts))
         with self.in_step.together():
-            for rows, batch in self._batches(prompts):
+            for rows, batch in batches_of(prompts, self.batch_tokens, self.pad_id):
                 on_device = PromptBatch(*(tensor.to(self.device) for tensor in batch))
                 yield torch.tensor(rows), on_device, self._hidden_states(on_device)
 
@@ -372,7 +373,7 @@ class HiddenStateExtractor:
         states: list[Tensor | None] = [None] * len(prompts)
         positions: list[Tensor | None] = [None] * len(prompts)
         cls_states: list[Tensor | None] = [None] * len(prompts)
-        for rows, cpu_batch in self._batches(prompts):
+        for rows, cpu_batch in batches_of(prompts, self.batch_tokens, self.pad_id):
             batch = PromptBatch(*(tensor.to(self.device) for tensor in cpu_batch))
             raw = self._hidden_states(batch)
             hidden, keep = select_tokens(raw, batch, self.spec.token_rule, self._yardstick())
@@ -397,18 +398,6 @@ class HiddenStateExtractor:
             full_texts=sum(len(ids) >= self.layout.max_length for ids, _, _ in prompts),
         )
 
-    def _batches(self, prompts: list[Prompt]) -> Iterator[tuple[list[int], PromptBatch]]:
-        """Length bucketing: sorts by length and cuts where a batch would pass `batch_tokens`."""
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row][0]))
-        rows: list[int] = []
-        for row in order:
-            if rows and len(prompts[row][0]) * (len(rows) + 1) > self.batch_tokens:
-                yield rows, collate_prompts([prompts[r] for r in rows], self.pad_id)
-                rows = []
-            rows.append(row)
-        if rows:
-            yield rows, collate_prompts([prompts[r] for r in rows], self.pad_id)
-
     def _hidden_states(self, batch: PromptBatch) -> Tensor:
         self.in_step.announce()
         with without_gradient(self.backbone):
@@ -421,16 +410,3 @@ class HiddenStateExtractor:
 
     def _yardstick(self) -> float:
         return self.reference_norm if self.spec.token_rule == "text_no_sinks" else float("inf")
-
-
-def check_texts(texts: Sequence[Any]) -> None:
-    """Raises ValueError where there are no texts, or one is empty or not a string; names the row."""
-    if isinstance(texts, str):
-        raise ValueError("texts must be a list of strings, not one string: put it into a list")
-    if len(texts) == 0:
-        raise ValueError("there are no texts")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"text {index} is {text!r}, not a string")
-        if not text.strip():
-            raise ValueError(f"text {index} is empty: leave out texts without content")

@@ -4,6 +4,7 @@ The extractor and the classifier share these functions, so that a text has the s
 Shapes: B texts, T tokens, D hidden size.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from selfreg.activations.conversation import CHAT, ReplyFrame
+
+Prompt = tuple[list[int], int, int]
+"""Token ids, first and one past the last token of the text."""
 
 Pooling = Literal["last", "mean", "cls"]
 TokenRule = Literal["text_no_sinks", "text", "all"]
@@ -146,7 +150,7 @@ class PromptBatch(NamedTuple):
     text_mask: Tensor
 
 
-def collate_prompts(prompts: list[tuple[list[int], int, int]], pad_id: int) -> PromptBatch:
+def collate_prompts(prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
     """Pads wrapped prompts (see `PromptLayout.wrap`) to the longest."""
     longest = max(len(ids) for ids, _, _ in prompts)
     input_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
@@ -213,3 +217,33 @@ def pool_hidden_states(hidden_states: Tensor, keep: Tensor, pooling: Pooling) ->
 def _last_true(mask: Tensor) -> Tensor:
     positions = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, positions, -1).amax(dim=1)
+
+
+def batches_of(prompts: Sequence[Prompt], batch_tokens: int, pad_id: int) -> Iterator[tuple[list[int], PromptBatch]]:
+    """Prompts of like length share a batch: sorted by length, and cut where one would pass `batch_tokens`.
+
+    Yields:
+        which prompts a batch holds, and the batch.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row][0]))
+    rows: list[int] = []
+    for row in order:
+        if rows and len(prompts[row][0]) * (len(rows) + 1) > batch_tokens:
+            yield rows, collate_prompts([prompts[r] for r in rows], pad_id)
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows, collate_prompts([prompts[r] for r in rows], pad_id)
+
+
+def check_texts(texts: Sequence[Any]) -> None:
+    """Raises ValueError where there are no texts, or one is empty or not a string; names the row."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings, not one string: put it into a list")
+    if len(texts) == 0:
+        raise ValueError("there are no texts")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"text {index} is {text!r}, not a string")
+        if not text.strip():
+            raise ValueError(f"text {index} is empty: leave out texts without content")

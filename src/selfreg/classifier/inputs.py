@@ -133,13 +133,8 @@ def label_weights(
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def smoothing_of(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier) -> float:
-    """`args.label_smoothing_factor` for a classifier of selfreg.
-
-    Raises:
-        ValueError: it is more than 0, and the task has no labels.
-    """
+def check_smoothing(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier) -> None:
+    """Raises ValueError where targets are to be softened, and the task has no labels."""
     given = args.label_smoothing_factor
     if given and model.task == "regression":
         raise ValueError(f"label_smoothing_factor={given} would have no effect here: task 'regression' has no labels")
-    return given

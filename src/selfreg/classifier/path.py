@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selfreg.classifier.arguments import AUTO
-from selfreg.classifier.inputs import label_weights, smoothing_of
+from selfreg.classifier.inputs import check_smoothing, label_weights
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.solver import HeadProblem
@@ -199,6 +199,7 @@ def _solve_path(
     ridge: float | None,
     measure: Measure | None,
 ) -> WeightPath:
+    check_smoothing(args, model)
     regularizer = fitted_regularizer(model, train, _with(args, dict.fromkeys(auto, 0.0)))
     loss = _Loss(label_weights(args, train.labels, model), args.preference_loss)  # type: ignore[arg-type]
     problem = HeadProblem(
@@ -206,7 +207,7 @@ def _solve_path(
         train,
         label_weights=loss.label_weights,
         preference_loss=loss.preference_loss,
-        label_smoothing=smoothing_of(args, model),
+        label_smoothing=args.label_smoothing_factor,
     )
     ridges: list[tuple[float, float]] = []
     if ridge is None:

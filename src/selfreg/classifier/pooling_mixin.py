@@ -90,7 +90,7 @@ class PoolingMixin:
                 watched_bias=activations_of.encoder_bias,
                 watched_norm=activations_of.input_norm,
             ).to(self.score.weight.device)
-        with without_gradient(self.backbone) if self.backbone is not None else torch.inference_mode():
+        with without_gradient(self.backbone):
             if isinstance(texts, ActivationStore):
                 pooled, activations = pool_store(self.config, texts, rows)
             else:

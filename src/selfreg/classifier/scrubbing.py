@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from selfreg.activations.extractor import check_texts
+from selfreg.activations.prompt import check_texts
 from selfreg.features.catalog import FeatureCatalog
 from selfreg.features.decisions import check_features
 from selfreg.features.keywords import keyword_pattern

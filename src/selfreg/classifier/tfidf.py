@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from selfreg.activations.extractor import check_texts
+from selfreg.activations.prompt import check_texts
 from selfreg.classifier.tasks import class_ids
 from selfreg.evaluation.arrays import FloatArray
 from selfreg.utils.progress import Advance, progress

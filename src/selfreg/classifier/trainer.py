@@ -18,9 +18,9 @@ from selfreg.classifier.inputs import (
     check_dataset,
     check_margins,
     check_removal,
+    check_smoothing,
     label_weights,
     mean_weight,
-    smoothing_of,
 )
 from selfreg.classifier.lora import ADAPTER_FOLDER, restore_adapter, unsaved_parameters
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
@@ -118,7 +118,7 @@ class RegularizedTrainer(RegularizationMixin):
                 _check_states_stay(part, model, name)
             refuse_unused(args, kwargs, OWN_UNUSED)
             self._label_weights = label_weights(args, labels, model)
-            smoothing = smoothing_of(args, model)
+            check_smoothing(args, model)
             if labels is not None:
                 self.mean_weight = mean_weight(train_dataset, labels, self._label_weights, model)
             if args.offset_weight and not cached:
@@ -126,7 +126,7 @@ class RegularizedTrainer(RegularizationMixin):
                     f"offset_weight={args.offset_weight} needs states that stay as they are: set cache_states=True "
                     "and train no adapter, or set offset_weight=0"
                 )
-            if model.backbone is not None and is_sharded(model.backbone) and (fsdp_asked(args) or not cached):
+            if is_sharded(model) and (fsdp_asked(args) or not cached):
                 raise ValueError(
                     "the extractor was sharded, which is for states that are cached (cache_states=True, no adapter, "
                     "fsdp=False): to train with fsdp=True leave .shard() out"
@@ -144,10 +144,10 @@ class RegularizedTrainer(RegularizationMixin):
             train_dataset = with_offsets(model, args, train_dataset)
             args, self.weight_path = chosen_weights(model, args, train_dataset)
             # Of a frozen backbone nothing is to be sent: every process has loaded it, or holds its part of it.
-            frozen = dict(model.backbone.named_parameters()) if model.backbone_is_frozen and model.backbone else {}
-            ignored = [BACKBONE_PREFIX + name for name in frozen]
+            own_names = (name for name, _ in model.named_parameters() if name.startswith(BACKBONE_PREFIX))
+            ignored = list(own_names) if model.backbone_is_frozen else []
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-            args = copy.copy(args)
+            smoothing, args = args.label_smoothing_factor, copy.copy(args)
             # transformers has a loss of its own for it.
             args.label_smoothing_factor = 0.0
         else:
@@ -245,14 +245,16 @@ class RegularizedTrainer(RegularizationMixin):
             optimizer.add_param_group({"params": adapter, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(  # type: ignore[override]
+        self, language: str | None = None, license: str | None = None, **kwargs: Any
+    ) -> None:
         """The card of selfreg for its own classifiers; that of transformers for stock models."""
         if not isinstance(self.model, RegularizedSequenceClassifier):
-            super().create_model_card(*args, **kwargs)
+            super().create_model_card(language, license, **kwargs)
         elif self.is_world_process_zero():
             from selfreg.hub.cards import write_trainer_card
 
-            write_trainer_card(self, *args, **kwargs)
+            write_trainer_card(self, language=language, license=license, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         model, pushes = self.model, self.args.hub_strategy != HubStrategy.END

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from selfreg.activations.extractor import check_texts
+from selfreg.activations.prompt import check_texts
 from selfreg.features.chat import Choice, Conversation, as_plain_text
 from selfreg.utils.progress import progress
 

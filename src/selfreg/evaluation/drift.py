@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfreg.activations.extractor import HiddenStateExtractor, check_texts
-from selfreg.activations.prompt import select_tokens
+from selfreg.activations.extractor import HiddenStateExtractor
+from selfreg.activations.prompt import check_texts, select_tokens
 from selfreg.classifier.lora import adapter_off
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import feature_activations

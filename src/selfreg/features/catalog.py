@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import CommitInfo
 
 from selfreg.activations.dealing import own_shards
-from selfreg.activations.extractor import HiddenStateExtractor, check_texts
+from selfreg.activations.extractor import HiddenStateExtractor
+from selfreg.activations.prompt import check_texts
 from selfreg.activations.spec import HiddenStateSpec
 from selfreg.activations.store import ActivationStore
 from selfreg.features.card import write_card
@@ -381,40 +382,22 @@ class FeatureCatalog:
         write_card(folder, self)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        save_directory: str | os.PathLike[str],
-        *,
-        subfolder: str = "",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-    ) -> "FeatureCatalog":
+    def from_pretrained(cls, save_directory: str | os.PathLike[str], **hub: Any) -> "FeatureCatalog":
         """Reads a folder that `save_pretrained` wrote, or a data set that `push_to_hub` uploaded.
 
         What a person decided in `selfreg features review` is taken from the folder's `decisions.jsonl`.
 
         Args:
             save_directory: the folder, or the Hub id of a data set.
-            subfolder: where in it the catalogue lies.
-            revision, token, cache_dir, local_files_only: of the data set on the Hub, as in transformers.
+            hub: `subfolder`, and of the data set on the Hub `revision`, `token`, `cache_dir` and `local_files_only`,
+                as in transformers.
 
         Raises:
             FileNotFoundError: it is no catalogue.
             OSError: there is no such data set or revision, no permission, or no way to the Hub; says which.
             ValueError: it is not whole, of another format, or holds decisions on another SAE's features.
         """
-        folder = local_folder(
-            str(save_directory),
-            (CONFIG_NAME, TABLE_NAME),
-            repo_type="dataset",
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        folder = local_folder(str(save_directory), (CONFIG_NAME, TABLE_NAME), repo_type="dataset", **hub)
         for name in (CONFIG_NAME, TABLE_NAME):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no {name}: it is not a feature catalogue")

@@ -284,37 +284,20 @@ class UnintendedFeatures:
         return push(self.save_pretrained, repo_id, commit_message=commit_message, **hub)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        save_directory: str | os.PathLike[str],
-        *,
-        subfolder: str = "",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-    ) -> "UnintendedFeatures":
+    def from_pretrained(cls, save_directory: str | os.PathLike[str], **hub: Any) -> "UnintendedFeatures":
         """Reads a folder that `save_pretrained` wrote, or a repo that `push_to_hub` uploaded.
 
         Args:
             save_directory: the folder, or a Hub id.
-            subfolder: where in it they lie.
-            revision, token, cache_dir, local_files_only: of the repo on the Hub, as in transformers.
+            hub: `subfolder`, and of the repo on the Hub `revision`, `token`, `cache_dir` and `local_files_only`, as in
+                transformers.
 
         Raises:
             FileNotFoundError: one of the two files is missing.
             OSError: there is no such repo or revision, no permission, or no way to the Hub; says which.
             ValueError: they do not belong together, or the format is newer.
         """
-        folder = local_folder(
-            str(save_directory),
-            (CONFIG_NAME, WEIGHTS_NAME),
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        folder = local_folder(str(save_directory), (CONFIG_NAME, WEIGHTS_NAME), **hub)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no {name}: it is not a folder of unintended features")

@@ -37,12 +37,6 @@ _COLUMNS = {
     "unintended_dependence": "dependence",
 }
 _HUB_METRICS = {"auc": "roc_auc"}
-_CARD_ARGUMENTS = (
-    *("language", "license", "tags", "model_name", "finetuned_from", "tasks"),
-    *("dataset_tags", "dataset", "dataset_args"),
-)
-"""Of `Trainer.create_model_card`, in order."""
-_TOLD = ("tags", "finetuned_from", "tasks")
 _TASK = "text-classification"
 """Of all classifiers: what the Hub calls them, and the pipeline that runs them."""
 
@@ -159,12 +153,7 @@ def write_cards(output: Path, data: ReportData) -> None:
     write_card(output / "sae", sae_card(data, sae, f"{SOMEBODY}{name}-sae"))
 
 
-def write_trainer_card(trainer: Any, *args: Any, **kwargs: Any) -> None:
-    """The card of what a Trainer trained, as `Trainer.create_model_card` is called."""
-    _write_trainer_card(trainer, **dict(zip(_CARD_ARGUMENTS, args, strict=False)), **kwargs)
-
-
-def _write_trainer_card(
+def write_trainer_card(
     trainer: Any,
     *,
     language: str | None = None,
@@ -178,14 +167,13 @@ def _write_trainer_card(
     Args:
         trainer: the Trainer.
         language, license, model_name, dataset_tags: as for `Trainer.create_model_card`.
-        others: likewise; those that the model itself tells (`tags`, `finetuned_from`, `tasks`).
+        others: likewise: `tags`, `finetuned_from` and `tasks`, which the model itself tells.
 
     Raises:
         ValueError: another one, which would have no effect.
     """
-    unused = sorted(name for name, value in others.items() if value and name not in _TOLD)
-    if unused:
-        raise ValueError(f"create_model_card: {', '.join(unused)} would have no effect on a card of selfreg")
+    for name in others.keys() - {"tags", "finetuned_from", "tasks"}:
+        raise ValueError(f"create_model_card: {name}={others[name]!r} would have no effect here: give dataset_tags")
     datasets = [dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags or [])
     card = CardRecipe(language=language, license=license, datasets=datasets)
     rows = [row for row in trainer.state.log_history if any(name.startswith("eval_") for name in row)]

@@ -19,11 +19,11 @@ from selfreg.sae.data import StatesDataset, check_states, collate_states, iterat
 from selfreg.sae.input_norm import standardize
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.sae.sampling import WindowSampler
-from selfreg.sae.sharding import whole_weights
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.sae.streams import StreamBatches, StreamPlace, load_place
 from selfreg.sae.training_args import FSDP1_REFUSED, SAETrainingArguments
 from selfreg.utils.processes import largest_over, one_batch, own_part, together
+from selfreg.utils.sharding import whole_weights
 from selfreg.utils.trainer import PartsTrainer
 
 _LEARNING_RATE = 3e-3
@@ -137,12 +137,14 @@ class SAETrainer(PartsTrainer):
             self.args.ignore_data_skip = load_place(self.train_dataset, resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(  # type: ignore[override]
+        self, language: str | None = None, license: str | None = None, **kwargs: Any
+    ) -> None:
         """The card of selfreg, with the figures that were evaluated last."""
         if self.is_world_process_zero():
             from selfreg.hub.cards import write_trainer_card
 
-            write_trainer_card(self, *args, **kwargs)
+            write_trainer_card(self, language=language, license=license, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if isinstance(self.train_dataset, StreamingActivations):

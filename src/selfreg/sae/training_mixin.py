@@ -9,8 +9,8 @@ from selfreg.sae.activation_fns import Activation, Weights
 from selfreg.sae.configuration import SAEConfig
 from selfreg.sae.kernels import sampled_dot, select_topk
 from selfreg.sae.outputs import SparseFeatures
-from selfreg.sae.sharding import own_rows
 from selfreg.utils.processes import largest_over, mean_over, together
+from selfreg.utils.sharding import own_rows
 
 _THRESHOLD_STEP = 0.01
 """Share of a batch in the running mean of the threshold."""

@@ -100,16 +100,17 @@ def upload_folder(
         there = api.list_repo_files(repo.repo_id, repo_type=repo_type, revision=revision)
         stale = [name for name in there if name not in names and any(fnmatch(name, own) for own in replaces)]
         card = folder / CARD
-        if CARD in names and CARD in there and _is_made(card):
-            held = Path(api.hf_hub_download(repo.repo_id, CARD, repo_type=repo_type, revision=revision))
-            if keeps_card or not _is_made(held):
-                names.remove(CARD)
+
+        def held() -> Path:
+            return Path(api.hf_hub_download(repo.repo_id, CARD, repo_type=repo_type, revision=revision))
+
+        if CARD in names and CARD in there and _is_made(card) and (keeps_card or not _is_made(held())):
+            names.remove(CARD)
         # Not upload_folder, which makes several commits of a large folder.
         return api.create_commit(
             repo.repo_id,
             [
-                *(CommitOperationAdd(name, folder / name) for name in names if name != CARD),
-                *(CommitOperationAdd(name, _card(card, repo.repo_id)) for name in names if name == CARD),
+                *(CommitOperationAdd(name, _content(folder / name, repo.repo_id)) for name in names),
                 *(CommitOperationDelete(name) for name in stale),
             ],
             repo_type=repo_type,
@@ -124,9 +125,9 @@ def _is_made(card: Path) -> bool:
     return MARK in card.read_text(encoding="utf8", errors="replace")
 
 
-def _card(path: Path, repo_id: str) -> bytes:
-    if not _is_made(path):
-        return path.read_bytes()
+def _content(path: Path, repo_id: str) -> Path | bytes:
+    if path.name != CARD or not _is_made(path):
+        return path
     return named_card(path.read_text(encoding="utf8", errors="replace"), repo_id).encode()
 
 

@@ -18,12 +18,13 @@ AFTER_FSDP = ("its weights lie in pieces", "trainer.save_model(folder), and from
 """For `check_whole`, of what a Trainer has sharded."""
 
 
-def is_sharded(module: nn.Module, *, within: bool = True) -> bool:
-    """Whether FSDP has dealt out weights of a module, or (`within`) of one in it."""
+def is_sharded(module: nn.Module | None, *, within: bool = True) -> bool:
+    """Whether FSDP has dealt out weights of a module, or (`within`) of one in it; None has none."""
     # Nothing is sharded where nobody has imported what does it.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    modules = module.modules() if within else (module,)
-    return fsdp is not None and any(isinstance(own, fsdp.FSDPModule) for own in modules)
+    if fsdp is None or module is None:
+        return False
+    return any(isinstance(own, fsdp.FSDPModule) for own in (module.modules() if within else (module,)))
 
 
 def whole_tensor(weight: Tensor) -> Tensor:
@@ -31,6 +32,27 @@ def whole_tensor(weight: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def own_rows(weight: Tensor) -> Tensor:
+    """The rows of a weight, or of its gradient, that lie on this process: all, unless FSDP has dealt them out."""
+    from torch.distributed.tensor import DTensor
+
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Within it, the methods of a module see all weights, as its forward pass does; every process has to enter it."""
+    if not is_sharded(module, within=False):
+        yield
+        return
+    sharded: Any = module
+    sharded.unshard()
+    try:
+        yield
+    finally:
+        sharded.reshard()
 
 
 def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -62,7 +84,7 @@ def check_whole(module: nn.Module, what: str, mend: str, *, within: bool = True)
         raise ValueError(f"{type(module).__name__} is sharded by FSDP, so that {what}: {mend}")
 
 
-def without_gradient(module: nn.Module) -> AbstractContextManager[Any]:
+def without_gradient(module: nn.Module | None) -> AbstractContextManager[Any]:
     """`inference_mode`; of a sharded module `no_grad`: what is gathered in inference mode could not be trained on."""
     return torch.no_grad() if is_sharded(module) else torch.inference_mode()
 

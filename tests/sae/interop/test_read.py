@@ -340,6 +340,8 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_folder_of_many_lists_them(tmp_path: Path) -> None:
     for layer in (2, 10, 9):
         gemma(tmp_path / f"layer_{layer}" / "width_16k")
+    # Such as the checkpoints of a training that was cut short.
+    gemma(tmp_path / ".work" / "checkpoint-50")
     with pytest.raises(ValueError, match="holds 3 SAEs in folders below: choose one with subfolder") as error:
         SAEForFeatureExtraction.from_pretrained(tmp_path)
     lines = str(error.value).splitlines()[1:]

@@ -1,4 +1,4 @@
-"""The states of a data set from several processes, each of which runs the backbone over its share."""
+"""A data set in several processes: states of which each computes its share, and the last batch of an epoch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,6 +9,24 @@ from torch import Tensor
 
 from selfreg.classifier.states import PooledStates
 from selfreg.utils.processes import gather_all, processes
+
+COUNTS = "counts"
+"""Column of a batch: what each of its rows counts, where some are there only to fill it up."""
+
+
+def counts_of_last(size: int, num_left: int, rank: int, world_size: int) -> Tensor:
+    """What the rows of this process' last batch of an epoch count, `[size]`.
+
+    accelerate gives every process as many rows, and fills up with rows from the start of the epoch. With those at 0
+    and the others at more than 1, the mean of the processes' mean losses is the mean over the rows that are left.
+
+    Args:
+        size: rows of this process.
+        num_left: rows that all processes together had left.
+        rank, world_size: which process, of how many.
+    """
+    left = torch.arange(rank * size, (rank + 1) * size) < num_left
+    return left * (size * world_size / num_left)
 
 
 def share_of(num_rows: int, rank: int, world_size: int) -> list[int]:

@@ -36,6 +36,7 @@ from selfreg.classifier.preparation import (
 )
 from selfreg.classifier.regularizer import RegularizationMixin
 from selfreg.classifier.running import batch_constant
+from selfreg.classifier.shares import COUNTS, counts_of_last
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.statistics import HeadStatistics
 from selfreg.classifier.tasks import Task, held_constant, task_loss, text_weights
@@ -174,18 +175,31 @@ class RegularizedTrainer(RegularizationMixin):
                 self.weight_path.save(str(self.args.output_dir))
         return super().train(*args, **kwargs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; of an epoch's last batch, what it was filled up with counts nothing."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        read = self.accelerator.gradient_state
+        own = isinstance(self.model, RegularizedSequenceClassifier)
+        if own and batches and self.args.world_size > 1 and read.end_of_dataloader and read.remainder > 0:
+            size = len(batches[-1]["labels"])
+            counts = counts_of_last(size, read.remainder, self.args.process_index, self.args.world_size)
+            batches[-1] = {**batches[-1], COUNTS: counts.to(batches[-1]["labels"].device)}
+        return batches, num_items
+
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
         own = self.model
         if not isinstance(own, RegularizedSequenceClassifier) or "labels" not in inputs:
             return super().task_loss(model, inputs)
         inputs = dict(inputs)
-        columns = ("labels", "weight", "margin", "offset")
-        labels, weights, margins, offsets = (inputs.pop(name, None) for name in columns)
+        columns = ("labels", "weight", "margin", "offset", COUNTS)
+        labels, weights, margins, offsets, counts = (inputs.pop(name, None) for name in columns)
+        if counts is not None:
+            weights = counts if weights is None else weights * counts
         # Asked for in training only: in evaluation a Trainer gathers all that a model gives.
         statistics = self.statistics if model.training else None
         outputs = model(**inputs, output_pooled=True) if statistics is not None else model(**inputs)
         if statistics is not None:
-            self._follow_adapter(statistics, own, outputs, labels)
+            self._follow_adapter(statistics, own, outputs, labels, counts)
         if own.task == "preference" and outputs.logits.shape[-1] == 1:
             # All chosen sides, then all rejected ones.
             outputs.logits = torch.stack(outputs.logits.squeeze(-1).chunk(2), dim=1)
@@ -216,12 +230,19 @@ class RegularizedTrainer(RegularizationMixin):
         return text_weights(task, labels, sample_weights, label_weights)
 
     def _follow_adapter(
-        self, statistics: HeadStatistics, model: RegularizedSequenceClassifier, outputs: Any, labels: Tensor
+        self,
+        statistics: HeadStatistics,
+        model: RegularizedSequenceClassifier,
+        outputs: Any,
+        labels: Tensor,
+        counts: Tensor | None,
     ) -> None:
         """Takes the batch into the running estimate, which this step's dependence term then uses."""
         states, activations = outputs.pooled.detach(), outputs.unintended_activations.detach()
         if model.task == "preference":
             states, activations = (chosen - rejected for chosen, rejected in (states.chunk(2), activations.chunk(2)))
+        if counts is not None:
+            states, activations, labels = (values[counts > 0] for values in (states, activations, labels))
         constant = batch_constant(model.task, labels.cpu(), model.score.out_features)
         reduce = self.accelerator.reduce if self.args.world_size > 1 else None
         dependence = statistics.dependence_of(constant.shape[1])

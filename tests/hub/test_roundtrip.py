@@ -36,6 +36,12 @@ def test_what_lies_on_the_hub(hub: LoopbackHub, pushed: Path) -> None:
     left = hub.repo("me/once-adapted").paths()
     assert "model.safetensors" in left
     assert not any(path.startswith(("adapter/", "backbone/")) for path in left)
+    shards = {path for path in hub.repo("me/in-shards").paths() if path.endswith(".safetensors")}
+    assert len(shards) > 2
+    assert "model.safetensors.index.json" in hub.repo("me/in-shards").paths()
+    assert len(hub.repo("me/in-shards").commits) == 2
+    in_one = [path for path in hub.repo("me/once-in-shards").paths() if path.startswith("model")]
+    assert in_one == ["model.safetensors"]
     assert {"main", "dev", "refs/pr/1"} == set(hub.repo("me/classifier").refs)
     # Everything of one push is one commit.
     assert len(hub.repo("me/whole").commits) == 2

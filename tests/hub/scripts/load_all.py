@@ -33,10 +33,11 @@ def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def main(folder: Path) -> None:
     expected, oids = load_file(folder / "expected.safetensors"), read_json(folder / "oids.json")
-    for name in ("sae", "sae-trained"):
+    for name in ("sae", "in-shards", "once-in-shards", "sae-trained"):
         sae = SAEForFeatureExtraction.from_pretrained(f"me/{name}")
         extractor = HiddenStateExtractor.from_sae(sae)
-        same(sae.encode(extractor.pool(TEXTS)).to_dense().detach(), expected[name])
+        wanted = expected["sae-trained" if name == "sae-trained" else "sae"]
+        same(sae.encode(extractor.pool(TEXTS)).to_dense().detach(), wanted)
     same(
         AutoModel.from_pretrained("me/sae", revision=oids["sae"]).W_enc,
         SAEForFeatureExtraction.from_pretrained("me/sae").W_enc,

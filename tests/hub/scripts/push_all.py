@@ -92,6 +92,10 @@ def main(folder: Path) -> None:
     sae = make_sae(extractor)
     oids["sae"] = sae.push_to_hub("me/sae", commit_message="the first one").oid
     expected["sae"] = sae.encode(extractor.pool(TEXTS)).to_dense().detach()
+    # As a large one is: several files, and an index of them. In one file again, the other files go.
+    for name in ("me/in-shards", "me/once-in-shards"):
+        sae.push_to_hub(name, max_shard_size="2KB")
+    sae.push_to_hub("me/once-in-shards")
     UnintendedFeatures.from_ids(sae, [3, 7, 11], reasons=["a", "b", "c"]).push_to_hub("me/unintended", private=True)
     catalog = FeatureCatalog.build(sae, extractor, TEXTS)
     catalog.update(5, explanation="mentions of fever")

@@ -28,6 +28,7 @@ from selfreg import (
 from selfreg.classifier.baselines import FittedHead, fit_baseline, fit_head
 from selfreg.classifier.offset import attribute_offsets
 from selfreg.classifier.states import PooledStates
+from selfreg.classifier.training_args import LOGIT_DECAY
 from selfreg.evaluation.classifier import evaluate_head
 from selfreg.evaluation.metrics import evaluate_predictions, unintended_use
 from selfreg.evaluation.tasks import evaluate_pairs
@@ -36,9 +37,10 @@ from selfreg.utils.trainer import StepProgress
 
 _OFF: dict[str, Any] = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
 OFFSET = 0.8
-_OFFSET: dict[str, Any] = {**_OFF, "offset_weight": OFFSET}
-# The offset, and the terms as strong as the validation loss allows beside it.
-_OFFSET_AUTO: dict[str, Any] = {"offset_weight": OFFSET, "penalty_weight": "auto", "dependence_weight": "auto"}
+# Each alone is without them; what is kept of them is the default.
+_ALONE: dict[str, Any] = {**_OFF, "offset_weight": 0.0, "logit_decay": 0.0}
+_OFFSET: dict[str, Any] = {**_ALONE, "offset_weight": OFFSET}
+_TERMS: dict[str, Any] = {"offset_weight": 0.0, "logit_decay": 0.0}
 SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg": ("attribute", {}),
     "selfreg_keywords": ("keywords", {}),
@@ -46,9 +48,11 @@ SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg_offset": ("attribute", _OFFSET),
     "selfreg_offset_keywords": ("keywords", _OFFSET),
     "selfreg_offset_random": ("random", _OFFSET),
-    "removal_only": ("attribute", {**_OFF, "remove_unintended": True}),
-    "penalty_only": ("attribute", {k: v for k, v in _OFF.items() if k != "penalty_weight"}),
-    "dependence_only": ("attribute", {k: v for k, v in _OFF.items() if k != "dependence_weight"}),
+    "selfreg_features": ("attribute:features", {}),
+    "removal_only": ("attribute", {**_ALONE, "remove_unintended": True}),
+    "penalty_only": ("attribute", {k: v for k, v in _ALONE.items() if k != "penalty_weight"}),
+    "dependence_only": ("attribute", {k: v for k, v in _ALONE.items() if k != "dependence_weight"}),
+    "decay_only": ("attribute", {**_ALONE, "logit_decay": LOGIT_DECAY}),
 }
 """Which features, and what differs from selfreg's defaults."""
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,6 +63,15 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "penalty_100": ("attribute", {"penalty_weight": 100.0}),
     "dependence_3": ("attribute", {"dependence_weight": 3.0}),
     "dependence_300": ("attribute", {"dependence_weight": 300.0}),
+    "terms": ("attribute", {**_TERMS, "dependence_weight": 30.0}),
+    "terms_keywords": ("keywords", {**_TERMS, "dependence_weight": 30.0}),
+    "terms_decay": ("attribute", {"offset_weight": 0.0}),
+    "terms_offset": ("attribute", {"logit_decay": 0.0}),
+    "no_dependence": ("attribute", {"dependence_weight": 0.0}),
+    "dependence_1": ("attribute", {"dependence_weight": 1.0}),
+    "decay_30": ("attribute", {"logit_decay": 0.3}),
+    "offset_terms_40": ("attribute", {"offset_weight": 0.4}),
+    "offset_terms_80": ("attribute", {"offset_weight": 0.8}),
     "no_removal": ("attribute", {"remove_unintended": False}),
     "smoothing_10": ("attribute", {"label_smoothing_factor": 0.1}),
     "smoothing_20": ("attribute", {"label_smoothing_factor": 0.2}),
@@ -70,16 +83,12 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "pooling_last": ("attribute", {}),
     "removal_topk": ("attribute", {}),
     "sae_finetuned": ("attribute", {}),
-    "offset_terms": ("attribute", {"offset_weight": OFFSET}),
-    "offset_terms_keywords": ("keywords", {"offset_weight": OFFSET}),
-    "offset_auto": ("attribute", _OFFSET_AUTO),
-    "offset_auto_keywords": ("keywords", _OFFSET_AUTO),
-    "offset_70": ("attribute", {**_OFF, "offset_weight": 0.7}),
-    "offset_90": ("attribute", {**_OFF, "offset_weight": 0.9}),
-    "offset_100": ("attribute", {**_OFF, "offset_weight": 1.0}),
-    "offset_70_keywords": ("keywords", {**_OFF, "offset_weight": 0.7}),
-    "offset_90_keywords": ("keywords", {**_OFF, "offset_weight": 0.9}),
-    "offset_100_keywords": ("keywords", {**_OFF, "offset_weight": 1.0}),
+    "offset_70": ("attribute", {**_ALONE, "offset_weight": 0.7}),
+    "offset_90": ("attribute", {**_ALONE, "offset_weight": 0.9}),
+    "offset_100": ("attribute", {**_ALONE, "offset_weight": 1.0}),
+    "offset_70_keywords": ("keywords", {**_ALONE, "offset_weight": 0.7}),
+    "offset_90_keywords": ("keywords", {**_ALONE, "offset_weight": 0.9}),
+    "offset_100_keywords": ("keywords", {**_ALONE, "offset_weight": 1.0}),
 }
 """One thing changed in selfreg each; computed where they are asked for with --methods."""
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")
@@ -263,7 +272,9 @@ class Trial:
         choice, changes = {**SELFREG, **ABLATIONS}[method]
         choice, _, count = choice.partition(":")
         unintended = self.choices[choice]
-        if count:
+        # What the group says is set aside where it is known; or what the features say, as where no group is.
+        by_features = choice != "attribute" or count == "features" or self.pairs
+        if count.isdigit():
             unintended = _first(self.sae, self.all_by_attribute, int(count))
         if method == "sae_finetuned":
             tuned = self.finetuned[0]
@@ -271,13 +282,13 @@ class Trial:
         if not len(unintended):
             raise DoesNotApply(f"no feature is chosen by {choice}")
         args = replace(self.args(), remove_unintended=True)
-        args = replace(args, **changes)
+        args = replace(args, **changes).with_numbers(self.pool.task, len(unintended), cached=True)
         removed = unintended if args.remove_unintended else None
         train = self.states(self.rows.train, unintended, removed, method)
         if method == "sae_finetuned":
             maxima = self._of_texts(self.finetuned[1].maxima, self.rows.train)[..., unintended.feature_ids]
             train = replace(train, activations=maxima.clone())
-        if args.offset_weight and choice == "attribute" and not self.pairs:
+        if args.offset_weight and not by_features:
             groups = [self.pool.group[row] for row in self.rows.train]
             offsets = attribute_offsets(train.labels.tolist(), groups, len(self.pool.labels))
             train = replace(train, offsets=args.offset_weight * offsets)

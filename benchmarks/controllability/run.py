@@ -234,6 +234,7 @@ def _budget(folder: Path) -> list[Any]:
         "similarity",
         "dependence_weight",
         "offset_weight",
+        "logit_decay",
         "learning_rate",
         "num_train_epochs",
         "weight_decay",

@@ -1,6 +1,5 @@
 """What is wrong with a recipe and its data, told before any long work starts."""
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -49,13 +48,6 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
             f"features.attribute: no label of the training set has texts of two values of {features.attribute!r}, so "
             "that it can't be told apart from the label; choose features by keywords or a judge, or add texts"
         )
-    if recipe.classifier.offset_weight and recipe.task == "single_label" and features.attribute is None:
-        counts = Counter(data.train.labels)
-        label, fewest = min(counts.items(), key=lambda item: item[1])
-        if fewest < 5:
-            raise RecipeError(
-                f"classifier.offset_weight needs 5 training texts of each label, {data.labels[label]!r} has {fewest}"
-            )
     if recipe.classifier.lora is not None:
         _of_key("classifier.lora", lambda: adapter_config(recipe.classifier.lora or {}))
     if features.rubric is not None:

@@ -34,12 +34,16 @@ from selfreg.utils.trainer import StepProgress
 
 logger = logging.getLogger(__name__)
 
-_OFF = {"penalty_weight": 0.0, "dependence_weight": 0.0, "offset_weight": 0.0, "remove_unintended": False}
-# Each of the three parts of selfreg by itself.
+_OFF = {
+    **{"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False},
+    **{"offset_weight": 0.0, "logit_decay": 0.0},
+}
+# Each of the parts of selfreg by itself.
 _PARTS: dict[str, dict[str, Any]] = {
     "removal_only": {**_OFF, "remove_unintended": True},
     "penalty_only": {name: value for name, value in _OFF.items() if name != "penalty_weight"},
     "dependence_only": {name: value for name, value in _OFF.items() if name != "dependence_weight"},
+    "offset_only": {name: value for name, value in _OFF.items() if name != "offset_weight"},
 }
 
 
@@ -79,6 +83,7 @@ class Heads:
             similarity=part.similarity,
             dependence_weight=part.dependence_weight,
             offset_weight=part.offset_weight,
+            logit_decay=part.logit_decay,
             remove_unintended=part.remove_unintended,
             weight_decay=part.weight_decay,
             label_smoothing_factor=part.label_smoothing_factor,
@@ -92,7 +97,7 @@ class Heads:
             logging_steps=20,
             report_to="none",
             disable_tqdm=True,
-        )
+        ).with_numbers(recipe.task, len(unintended), cached=part.lora is None)
 
     @cached_property
     def classifier(self) -> RegularizedSequenceClassifier:

@@ -19,6 +19,7 @@ MORE_BASELINES = (
     "removal_only",
     "penalty_only",
     "dependence_only",
+    "offset_only",
     "tfidf",
     "zero_shot",
     "scrubbing",
@@ -187,12 +188,16 @@ class ClassifierRecipe(_Part):
 
     penalty_weight: Weight = Field(10.0, description="A number, or auto: as strong as the validation loss allows.")
     similarity: Literal["encoder", "dot", "cosine", "subspace"] = "dot"
-    dependence_weight: Weight = Field(30.0, description="Likewise.")
-    offset_weight: float = Field(
-        0.0,
+    dependence_weight: Weight = Field(10.0, description="Likewise.")
+    offset_weight: float | None = Field(
+        None,
         ge=0,
         le=1,
-        description="How much of what the features alone say about the label is set aside in training.",
+        description="How much of what the features alone say about the label is set aside in training; null: 0.6, and "
+        "0 with lora, regression, label_smoothing_factor, or without both terms.",
+    )
+    logit_decay: float | None = Field(
+        None, ge=0, description="Weight of the mean squared logit in training; null: 0.1, and 0 as above."
     )
     remove_unintended: bool = True
     weight_decay: float = Field(2.0, ge=0, description="Of selfreg's classifier; l2 has its own, the others none.")

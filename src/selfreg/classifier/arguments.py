@@ -34,7 +34,7 @@ class RegularizationArguments:
             strongest that costs no more validation loss than chance may account for; see [`resolve_weights`].
         similarity (`str`, defaults to `"dot"`): `"encoder"`, `"dot"`, `"cosine"` or `"subspace"`; see
             [`similarity_penalty`].
-        dependence_weight (`float` or `"auto"`, defaults to 30.0): weight of what still depends on the unintended
+        dependence_weight (`float` or `"auto"`, defaults to 10.0): weight of what still depends on the unintended
             features; 0 turns it off. See [`dependence_term`]. `"auto"` as above; with both, they are chosen together,
             in the ratio of 1 to 30.
         dependence_momentum (`float`, defaults to 0.99): where the backbone trains, what each batch leaves of the
@@ -46,7 +46,7 @@ class RegularizationArguments:
     )
     similarity: str = field(default="dot", metadata={"help": "encoder, dot, cosine or subspace."})
     dependence_weight: Weight = field(
-        default=30.0, metadata={"help": "Weight of the dependence term; 0: off; auto: chosen by validation loss."}
+        default=10.0, metadata={"help": "Weight of the dependence term; 0: off; auto: chosen by validation loss."}
     )
     dependence_momentum: float = field(
         default=0.99, metadata={"help": "What a batch leaves of the running estimate where the backbone trains."}

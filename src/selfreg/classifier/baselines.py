@@ -134,6 +134,7 @@ def fit_baseline(
         penalty_weight=0.0,
         dependence_weight=0.0,
         offset_weight=0.0,
+        logit_decay=0.0,
         remove_unintended=False,
         weight_decay=L2_WEIGHT_DECAY if name == "l2" else 0.0,
         label_smoothing_factor=_LABEL_SMOOTHING if name == "label_smoothing" else 0.0,

@@ -133,6 +133,12 @@ def label_weights(
     return torch.tensor(weights, dtype=torch.float32)
 
 
+def check_decay(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier) -> None:
+    """Raises ValueError where logits are to be kept small, and the task has none."""
+    if args.logit_decay and model.task == "regression":
+        raise ValueError(f"logit_decay={args.logit_decay} would have no effect here: task 'regression' has no logits")
+
+
 def check_smoothing(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier) -> None:
     """Raises ValueError where targets are to be softened, and the task has no labels."""
     given = args.label_smoothing_factor

@@ -11,6 +11,7 @@ f is told out of fold: each text by a model that was not trained on it, or f wou
 Shapes: N texts (or pairs), U unintended features, L labels.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 COMPONENTS = 10
 _FOLDS = 5
@@ -65,8 +68,6 @@ def unintended_offsets(task: Task, states: PooledStates, *, seed: int = 0) -> Te
         alone, which the head's bias is for; L up to the last label that occurs. `regression` `[N, 1]`: prediction less
         the mean; pairs `[N, 2]`: the log odds of the chosen side and 0.
 
-    Raises:
-        ValueError: a label has fewer texts than there are folds.
     """
     z_NK = _components(states.compared[1].double().numpy(), symmetric=task == "preference")
     labels = states.labels.numpy()
@@ -74,7 +75,7 @@ def unintended_offsets(task: Task, states: PooledStates, *, seed: int = 0) -> Te
         columns = {"single_label": int(labels.max(initial=0)) + 1, "multi_label": labels.shape[-1], "preference": 2}
         return torch.zeros(len(labels), columns.get(task, 1))
     if task == "single_label":
-        offsets = _of_labels(z_NK, labels, seed) - _log_shares(labels)
+        offsets = _of_labels(z_NK, labels, seed)
     elif task == "multi_label":
         offsets = np.stack([_of_two(z_NK, labels[:, y].astype(int), seed) for y in range(labels.shape[1])], axis=1)
     elif task == "regression":
@@ -100,16 +101,30 @@ def _components(activations_NU: _Matrix, *, symmetric: bool) -> _Matrix:
 
 
 def _of_labels(z_NK: _Matrix, labels_N: NDArray[np.int64], seed: int) -> _Matrix:
+    """log p(label | features) - log p(label), `[N, L]`. Nothing is said of labels with fewer texts than folds, nor of
+    their texts."""
+    counts_L = np.bincount(labels_N)
+    rare = [f"{label} ({counts_L[label]})" for label in np.flatnonzero((counts_L > 0) & (counts_L < _FOLDS))]
+    if rare:
+        logger.warning(
+            "nothing is set aside for labels with fewer than %d training texts: %s", _FOLDS, ", ".join(rare)
+        )
+    told_N = counts_L[labels_N] >= _FOLDS
+    offsets = np.zeros((len(labels_N), len(counts_L)))
+    present = np.unique(labels_N[told_N])
+    if len(present) > 1:
+        log_p = _log_probabilities(z_NK[told_N], labels_N[told_N], seed)
+        log_shares = np.log(counts_L[present] / told_N.sum())
+        offsets[np.ix_(told_N, present)] = log_p - log_shares
+    return offsets
+
+
+def _log_probabilities(z_NK: _Matrix, labels_N: NDArray[np.int64], seed: int) -> _Matrix:
+    """Of the labels there are, out of fold."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    present, codes_N = np.unique(labels_N, return_inverse=True)
-    smallest = int(np.bincount(codes_N).min())
-    if smallest < _FOLDS:
-        raise ValueError(
-            f"offset_weight needs {_FOLDS} training texts or more of each label, and label "
-            f"{present[np.bincount(codes_N).argmin()]} has {smallest}: set offset_weight=0, or add texts"
-        )
+    codes_N = np.unique(labels_N, return_inverse=True)[1]
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
     predictions = [
         np.asarray(
@@ -119,25 +134,15 @@ def _of_labels(z_NK: _Matrix, labels_N: NDArray[np.int64], seed: int) -> _Matrix
         )
         for strength in _STRENGTHS
     ]
-    # Nothing is said of a label without texts.
-    out = np.zeros((len(labels_N), int(present.max()) + 1))
-    out[:, present] = max(predictions, key=lambda log_p: float(log_p[np.arange(len(codes_N)), codes_N].mean()))
-    return out
+    return max(predictions, key=lambda log_p: float(log_p[np.arange(len(codes_N)), codes_N].mean()))
 
 
 def _of_two(z_NK: _Matrix, there_N: NDArray[np.int64], seed: int) -> _Matrix:
-    counts = np.bincount(there_N, minlength=2)
-    if counts.min() < _FOLDS:
+    if np.bincount(there_N, minlength=2).min() < _FOLDS:
         # Nothing can be told of a label that (nearly) all texts have, or none.
         return np.zeros(len(there_N))
-    log_p = _of_labels(z_NK, there_N, seed) - _log_shares(there_N)
-    return np.asarray(log_p[:, 1] - log_p[:, 0])
-
-
-def _log_shares(labels_N: NDArray[np.int64]) -> _Matrix:
-    """log p(label), `[L]`; 0 for a label without texts."""
-    counts = np.bincount(labels_N)
-    return np.asarray(np.log(np.where(counts, counts / len(labels_N), 1.0)))
+    offsets = _of_labels(z_NK, there_N, seed)
+    return np.asarray(offsets[:, 1] - offsets[:, 0])
 
 
 def attribute_offsets(labels: Sequence[int], attribute: Sequence[Any], num_labels: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selfreg.classifier.arguments import AUTO
-from selfreg.classifier.inputs import check_smoothing, label_weights
+from selfreg.classifier.inputs import check_decay, check_smoothing, label_weights
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.solver import HeadProblem
@@ -159,7 +159,8 @@ def weight_path(
     Args:
         model: the classifier. Its standardisation is worked out anew, from the texts solved on.
         train: pooled states of the training set.
-        args: weights, similarity, `class_weights`, `preference_loss`, `label_smoothing_factor` and `seed`.
+        args: weights, similarity, `class_weights`, `preference_loss`, `label_smoothing_factor`, `logit_decay`
+            and `seed`.
         validation: pooled states to choose by. None: a fifth of `train`, with the same share of every label where
             there is one label a text.
         points: of the path, the first without the terms that are chosen.
@@ -200,6 +201,8 @@ def _solve_path(
     measure: Measure | None,
 ) -> WeightPath:
     check_smoothing(args, model)
+    check_decay(args, model)
+    args = args.with_numbers(model.task, model.config.num_unintended, cached=True)
     regularizer = fitted_regularizer(model, train, _with(args, dict.fromkeys(auto, 0.0)))
     loss = _Loss(label_weights(args, train.labels, model), args.preference_loss)  # type: ignore[arg-type]
     problem = HeadProblem(
@@ -208,6 +211,7 @@ def _solve_path(
         label_weights=loss.label_weights,
         preference_loss=loss.preference_loss,
         label_smoothing=args.label_smoothing_factor,
+        logit_decay=args.logit_decay or 0.0,
     )
     ridges: list[tuple[float, float]] = []
     if ridge is None:

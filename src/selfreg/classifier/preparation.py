@@ -23,6 +23,7 @@ OWN_UNUSED = {
 STOCK_UNUSED = {
     "class_weights": "a stock model works out its loss itself: pass compute_loss_func",
     "offset_weight": "it needs the cached states of a RegularizedSequenceClassifier",
+    "logit_decay": "a stock model works out its loss itself",
 }
 """Arguments without an effect on a model of selfreg, and on a stock one, with why."""
 

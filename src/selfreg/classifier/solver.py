@@ -1,6 +1,7 @@
 """The head's weights in closed loop: the whole objective on cached states, by L-BFGS, without batches or epochs.
 
-    task loss + penalty_weight · similarity + dependence_weight · dependence + ridge / 2 · ‖W‖²
+    task loss + logit_decay · mean squared logit + penalty_weight · similarity + dependence_weight · dependence
+        + ridge / 2 · ‖W‖²
 
 over standardised states x = (pooled - mean) / scale. It is convex for `similarity` `"encoder"` and `"dot"`: there the
 result does not depend on where it starts. `"cosine"` and `"subspace"` do not care how long the weights are, and are
@@ -34,7 +35,7 @@ from selfreg.activations.prompt import check_choice
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import dependence_term
 from selfreg.classifier.states import PooledStates
-from selfreg.classifier.tasks import PreferenceLoss, task_loss
+from selfreg.classifier.tasks import PreferenceLoss, squared_logits, task_loss, text_weights, weighted_mean
 from selfreg.classifier.terms import Regularizer
 
 DEFAULT_RIDGE = 1e-2
@@ -73,6 +74,7 @@ def solve_head(
     label_weights: Tensor | None = None,
     preference_loss: PreferenceLoss = "bradley_terry",
     label_smoothing: float = 0.0,
+    logit_decay: float = 0.0,
     start: Tensor | None = None,
     tolerance: float = 1e-4,
     max_iterations: int = 500,
@@ -87,6 +89,7 @@ def solve_head(
         label_weights (`[L]`, *optional*): weight of each label in the task loss.
         preference_loss: of pairs.
         label_smoothing: see `task_loss`.
+        logit_decay: weight of the mean squared logit; see `squared_logits`.
         start (`[L, D]`, *optional*): weights to start from; zero if None. For a convex objective they change the time
             it takes, and not the result.
         tolerance: largest entry of the gradient, in units where the curvature is about 1.
@@ -96,7 +99,12 @@ def solve_head(
         ValueError: a ridge that is not positive, a margin with `preference_loss="pointwise"`, or an unknown loss.
     """
     problem = HeadProblem(
-        model, states, label_weights=label_weights, preference_loss=preference_loss, label_smoothing=label_smoothing
+        model,
+        states,
+        label_weights=label_weights,
+        preference_loss=preference_loss,
+        label_smoothing=label_smoothing,
+        logit_decay=logit_decay,
     )
     return problem.solve(regularizer, ridge=ridge, start=start, tolerance=tolerance, max_iterations=max_iterations)
 
@@ -105,7 +113,7 @@ class HeadProblem:
     """Cached states as `solve_head` needs them, to solve over them more than once.
 
     Args:
-        model, states, label_weights, preference_loss, label_smoothing: as for `solve_head`.
+        model, states, label_weights, preference_loss, label_smoothing, logit_decay: as for `solve_head`.
     """
 
     def __init__(
@@ -116,6 +124,7 @@ class HeadProblem:
         label_weights: Tensor | None = None,
         preference_loss: PreferenceLoss = "bradley_terry",
         label_smoothing: float = 0.0,
+        logit_decay: float = 0.0,
     ) -> None:
         check_choice("preference_loss", preference_loss, PreferenceLoss)
         if states.margins is not None and preference_loss == "pointwise":
@@ -124,7 +133,7 @@ class HeadProblem:
             )
         self.model, self.states = model, states
         self.label_weights, self.preference_loss = label_weights, preference_loss
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.logit_decay = label_smoothing, logit_decay
         with torch.no_grad():
             rows = model.standardize(states.pooled.to(model.score.weight.device))
         # The two sides' scores are compared: what both share, as the bias, drops out.
@@ -178,6 +187,8 @@ class HeadProblem:
         rows = self._rows_RD
         scores_RL = self._scores(rows, weight_LD, bias_L).requires_grad_()
         loss = self._task_loss(scores_RL)
+        if self.logit_decay:
+            loss = loss + self.logit_decay * self._decayed(scores_RL)
         (by_scores_RL,) = torch.autograd.grad(loss, scores_RL)
         by_weight_LD = (by_scores_RL.to(rows).T @ rows).cpu().double()
         by_bias_L = torch.zeros_like(bias_L) if self.compares else by_scores_RL.sum(dim=0)
@@ -217,6 +228,17 @@ class HeadProblem:
             preference_loss=self.preference_loss,
             label_smoothing=self.label_smoothing,
         )
+
+    def _decayed(self, scores_RL: Tensor) -> Tensor:
+        """The mean squared logit."""
+        task, states = self.model.task, self.states
+        if self.compares:
+            scores_RL = torch.cat([scores_RL, torch.zeros_like(scores_RL)], dim=1)
+        elif task == "preference":
+            scores_RL = scores_RL.reshape(-1, 2)
+        squares_N = squared_logits(task, scores_RL, preference_loss=self.preference_loss)
+        weights_N = text_weights(task, states.labels, states.weights, self.label_weights).to(squares_N)
+        return weighted_mean(squares_N, weights_N, None)
 
     def _settle(
         self,
@@ -303,6 +325,11 @@ class HeadProblem:
         else:
             p = scores_SL.sigmoid()
             bend_S = (p * (1 - p)).mean(dim=1) / scores_SL.shape[1]
+        if self.logit_decay:
+            # Centring takes the share of one logit off.
+            labels = scores_SL.shape[1]
+            share = (1 - 1 / labels) / labels if self.model.task == "single_label" else 1 / labels
+            bend_S = bend_S + 2 * self.logit_decay * share
         weights = self.states.weights
         if weights is not None:
             sides = len(self._rows_RD) // len(weights)

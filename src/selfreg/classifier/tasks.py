@@ -85,6 +85,24 @@ def task_loss(
     return weighted_mean(each, weights, mean_weight)
 
 
+def squared_logits(task: Task, logits: Tensor, *, preference_loss: PreferenceLoss = "bradley_terry") -> Tensor:
+    """How sure each text (or pair) is made to look, `[N]`: what a logit decay keeps small.
+
+    The mean over labels of the squared logits, for `single_label` less their mean, which changes nothing; of pairs the
+    square of the difference between the sides, or with `"pointwise"` the mean of both squares.
+
+    Args:
+        task: any but `regression`, whose outputs are no logits.
+        logits: as for `task_loss`.
+        preference_loss: of pairs.
+    """
+    if task == "single_label":
+        logits = logits - logits.mean(dim=1, keepdim=True)
+    elif task == "preference" and preference_loss == "bradley_terry":
+        return (logits[:, 0] - logits[:, 1]).pow(2)
+    return logits.pow(2).mean(dim=1)
+
+
 def _surely(logits: Tensor, smoothing: float) -> Tensor:
     """Binary cross-entropy of logits whose target is 1 - smoothing / 2."""
     return F.softplus(-logits) + smoothing / 2 * logits

@@ -16,6 +16,7 @@ from selfreg.classifier.checkpoint import BACKBONE_PREFIX, check_saved_whole
 from selfreg.classifier.collator import ClassifierCollator, pooled_dataset
 from selfreg.classifier.inputs import (
     check_dataset,
+    check_decay,
     check_margins,
     check_removal,
     check_smoothing,
@@ -39,7 +40,7 @@ from selfreg.classifier.running import batch_constant
 from selfreg.classifier.shares import COUNTS, counts_of_last
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.statistics import HeadStatistics
-from selfreg.classifier.tasks import Task, held_constant, task_loss, text_weights
+from selfreg.classifier.tasks import Task, held_constant, squared_logits, task_loss, text_weights, weighted_mean
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.utils.sharding import fsdp_asked, is_sharded
 
@@ -118,6 +119,10 @@ class RegularizedTrainer(RegularizationMixin):
                 check_margins(part, args, name)
                 _check_states_stay(part, model, name)
             refuse_unused(args, kwargs, OWN_UNUSED)
+            knows_features = cached and (train_dataset is None or "pooled" not in train_dataset[0])
+            knows_features = knows_features or isinstance(train_dataset, PooledStates)
+            args = args.with_numbers(model.task, model.config.num_unintended, cached=knows_features)
+            check_decay(args, model)
             self._label_weights = label_weights(args, labels, model)
             check_smoothing(args, model)
             if labels is not None:
@@ -205,7 +210,12 @@ class RegularizedTrainer(RegularizationMixin):
             outputs.logits = torch.stack(outputs.logits.squeeze(-1).chunk(2), dim=1)
         # The offset takes part in learning only: what it explains the head need not learn.
         logits = outputs.logits if offsets is None or not model.training else outputs.logits + offsets
-        return self.loss_of(logits, labels, own, sample_weights=weights, margins=margins), outputs
+        loss = self.loss_of(logits, labels, own, sample_weights=weights, margins=margins)
+        if self.args.logit_decay and model.training:
+            squares = squared_logits(own.task, outputs.logits, preference_loss=self.args.preference_loss)
+            counted = self.weights_of(labels, own.task, weights).to(squares)
+            loss = loss + self.args.logit_decay * weighted_mean(squares, counted, self.mean_weight)
+        return loss, outputs
 
     def loss_of(
         self, logits: Tensor, labels: Tensor, model: RegularizedSequenceClassifier, **columns: Tensor | None

@@ -1,5 +1,7 @@
 """Arguments of classifier training."""
 
+import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +10,10 @@ from transformers import TrainingArguments
 
 from selfreg.activations.prompt import check_choice
 from selfreg.classifier.arguments import RegularizationArguments
-from selfreg.classifier.tasks import PreferenceLoss
+from selfreg.classifier.tasks import PreferenceLoss, Task
+
+OFFSET_WEIGHT, LOGIT_DECAY = 0.6, 0.1
+"""Where nothing else is said; docs/evidence.md tells how they were chosen."""
 
 
 @dataclass
@@ -20,13 +25,21 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
     `remove_unused_columns=False`, `logging_steps=50`. They suit a head over a frozen backbone and
     hundreds to thousands of texts.
 
-    loss = task loss + penalty_weight · similarity + dependence_weight · dependence
+    loss = task loss + penalty_weight · similarity + dependence_weight · dependence, where the task loss is that of
+    logits + offset, plus logit_decay · mean squared logit.
+
+    An offset and a logit decay come with the two terms by default, where there are unintended features, states are
+    cached, the task is no `regression` and labels are not smoothed. With both terms off they are off as well.
 
     Args:
         penalty_weight, similarity, dependence_weight, dependence_momentum: see [`RegularizationArguments`].
-        offset_weight (`float`, defaults to 0.0): how much of what the unintended features alone say about the label is
-            set aside in training, 0 to 1; see [`unintended_offsets`]. For attributes that are spread over the whole
-            text. It needs cached states.
+        offset_weight (`float`, *optional*): how much of what the unintended features alone say about the label is
+            set aside in training, 0 to 1; see [`unintended_offsets`]. It reaches what is spread over the whole text,
+            and costs accuracy where what is unintended does predict the label. None: 0.6 where it can be had, see
+            above. It needs cached states.
+        logit_decay (`float`, *optional*): weight of the mean squared logit (see [`squared_logits`]; Kannan et al.
+            2018), so that a head which tells its training texts apart need not become ever surer of them by whatever
+            helps. The offset is not counted. None: 0.1 as above.
         remove_unintended (`bool`, *optional*): take the features out of the hidden states, in training and afterwards.
             None: as the model was made, which is True where nothing else was said.
         cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of
@@ -43,8 +56,12 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
             sides, or `"pointwise"`, which judges each by itself; see [`task_loss`].
     """
 
-    offset_weight: float = field(
-        default=0.0, metadata={"help": "How much of what the features alone say about the label is set aside; 0: off."}
+    offset_weight: float | None = field(
+        default=None,
+        metadata={"help": "How much of what the features alone say about the label is set aside; 0: off; None: 0.6."},
+    )
+    logit_decay: float | None = field(
+        default=None, metadata={"help": "Weight of the mean squared logit; 0: off; None: 0.1."}
     )
     remove_unintended: bool | None = field(
         default=None, metadata={"help": "Remove the features from the hidden states; None: as the model was made."}
@@ -68,8 +85,10 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choice("preference_loss", self.preference_loss, PreferenceLoss)
-        if not 0 <= self.offset_weight <= 1:
+        if not 0 <= (self.offset_weight or 0) <= 1:
             raise ValueError(f"offset_weight={self.offset_weight} must be from 0 to 1")
+        if not 0 <= (self.logit_decay or 0) < math.inf:
+            raise ValueError(f"logit_decay={self.logit_decay} must be 0 or more")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} must be from 0 to below 1")
         if self.label_smoothing_factor and self.offset_weight:
@@ -81,6 +100,24 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
         super().__post_init__()
         # Without an accelerator pinned memory only brings a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+    def with_numbers(self, task: Task, num_unintended: int, *, cached: bool) -> "RegularizedTrainingArguments":
+        """A copy with numbers for the offset and the logit decay.
+
+        Args:
+            task: of the classifier.
+            num_unintended: how many features it must not use.
+            cached: whether states are computed once.
+        """
+        weights: tuple[Any, ...] = (self.penalty_weight, self.dependence_weight)
+        usual = cached and num_unintended > 0 and any(weights) and task != "regression"
+        usual = usual and not self.label_smoothing_factor
+        own = copy.copy(self)
+        if own.offset_weight is None:
+            own.offset_weight = OFFSET_WEIGHT if usual else 0.0
+        if own.logit_decay is None:
+            own.logit_decay = LOGIT_DECAY if usual else 0.0
+        return own
 
     def label_weights(self) -> list[float] | None:
         """`class_weights` as numbers; None where they are balanced or there are none.

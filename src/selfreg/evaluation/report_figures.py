@@ -95,6 +95,7 @@ METHODS = {
     "projection": "The ordinary classifier after the whole span of the unintended features is projected away.",
     "removal_only": "The unintended features are removed from the hidden states, and nothing else is done.",
     "penalty_only": "Only the penalty on the similarity of the weights to the unintended features.",
+    "offset_only": "Only what the unintended features say about the label set aside in training.",
     "dependence_only": "Only the penalty on what still depends on the unintended features.",
     "tfidf": "Logistic regression on the words of the texts (TF-IDF), without the language model.",
     "zero_shot": "The language model itself, asked in words which label fits.",

@@ -440,7 +440,7 @@ def test_cut_texts_are_told(folder: Path, tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_each_part_by_itself(folder: Path, tmp_path: Path) -> None:
-    parts = ["plain", "removal_only", "penalty_only", "dependence_only", "projection"]
+    parts = ["plain", "removal_only", "penalty_only", "dependence_only", "offset_only", "projection"]
     long = {"epochs": 20, "learning_rate": 1e-2}  # enough steps for a line of the log
     metrics = run_recipe(Recipe.from_dict(values(folder, tmp_path / "out", baselines=parts, classifier=long)))
     figures = {name: metrics["methods"][name]["test"] for name in ("selfreg", *parts)}

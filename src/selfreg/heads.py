@@ -97,7 +97,7 @@ class Heads:
             logging_steps=20,
             report_to="none",
             disable_tqdm=True,
-        ).with_numbers(recipe.task, len(unintended), cached=part.lora is None)
+        ).with_numbers(recipe.task, len(unintended), can_offset=part.lora is None)
 
     @cached_property
     def classifier(self) -> RegularizedSequenceClassifier:

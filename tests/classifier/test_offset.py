@@ -9,10 +9,18 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from selfreg import RegularizedSequenceClassifier, RegularizedTrainer, RegularizedTrainingArguments
+from helpers import make_classifier
+from selfreg import (
+    HiddenStateExtractor,
+    RegularizedSequenceClassifier,
+    RegularizedTrainer,
+    RegularizedTrainingArguments,
+)
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.offset import attribute_offsets, offsets_of, unintended_offsets
+from selfreg.classifier.preparation import RowsWithOffsets
 from selfreg.classifier.states import PooledStates
+from selfreg.classifier.training_args import LOGIT_DECAY, OFFSET_WEIGHT
 
 RANDOM = np.random.default_rng(0)
 N = 400
@@ -92,8 +100,25 @@ def test_labels_without_texts_and_features_of_some_labels() -> None:
 def test_features_that_never_fire_say_nothing() -> None:
     labels, _ = tied(0.9)
     assert not unintended_offsets("single_label", states_of(labels, np.zeros((N, 3)))).any()
-    with pytest.raises(ValueError, match="5 training texts or more of each label, and label 1 has 2"):
-        unintended_offsets("single_label", states_of([0] * 20 + [1, 1], RANDOM.normal(size=(22, 3))))
+
+
+def test_rare_labels_are_left_out_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    labels, z = tied(0.9)
+    with_rare = [*labels, 3, 3]
+    f = unintended_offsets("single_label", states_of(with_rare, np.concatenate([z, z[:2]]))).numpy()
+    assert "fewer than 5 training texts: 3 (2)" in caplog.text
+    assert f.shape == (N + 2, 4)
+    assert not f[:, 2:].any()
+    assert not f[N:].any()
+    assert roc_auc_score(np.asarray(labels), f[:N, 1] - f[:N, 0]) > 0.8
+    assert not unintended_offsets("single_label", states_of([0] * 20 + [1, 1], RANDOM.normal(size=(22, 3)))).any()
+
+
+def test_features_that_tell_the_label_perfectly_leave_finite_offsets() -> None:
+    labels = np.arange(N) % 2
+    f = unintended_offsets("single_label", states_of(labels, 50.0 * labels[:, None] * np.ones((1, 30))))
+    assert bool(torch.isfinite(f).all())
+    assert float(f.abs().max()) < 14
 
 
 def test_the_head_leaves_to_the_features_what_they_say(tmp_path: Path) -> None:
@@ -135,5 +160,71 @@ def test_the_head_leaves_to_the_features_what_they_say(tmp_path: Path) -> None:
 
 
 def test_what_it_needs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="offset_weight=-1"):
-        RegularizedTrainingArguments(str(tmp_path), offset_weight=-1)
+    for name in ("offset_weight", "logit_decay"):
+        with pytest.raises(ValueError, match=f"{name}=-1"):
+            RegularizedTrainingArguments(str(tmp_path), **{name: -1})  # type: ignore[arg-type]
+
+
+def test_both_come_with_the_terms(tmp_path: Path) -> None:
+    def numbers(task: Any = "single_label", count: int = 3, can_offset: bool = True, **given: Any) -> tuple[Any, Any]:
+        args = RegularizedTrainingArguments(str(tmp_path), **given)
+        own = args.with_numbers(task, count, can_offset=can_offset)
+        assert (args.offset_weight, args.logit_decay) == (given.get("offset_weight"), given.get("logit_decay"))
+        return own.offset_weight, own.logit_decay
+
+    usual = (OFFSET_WEIGHT, LOGIT_DECAY)
+    for task in ("single_label", "multi_label", "preference"):
+        assert numbers(task) == usual
+    assert numbers(penalty_weight="auto", dependence_weight=0) == usual
+    for off in (
+        {"task": "regression"},
+        {"count": 0},
+        {"can_offset": False},
+        {"penalty_weight": 0, "dependence_weight": 0},
+        {"label_smoothing_factor": 0.1},
+    ):
+        assert numbers(**off) == (0, 0)
+    assert numbers(offset_weight=0.0) == (0, LOGIT_DECAY)
+    assert numbers(can_offset=False, offset_weight=0.2, logit_decay=0.3) == (0.2, 0.3)
+
+
+def test_rows_are_set_aside_as_states_are(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    for cached in (True, False):
+        model = make_classifier(frozen)
+        args = RegularizedTrainingArguments(
+            str(tmp_path),
+            cache_states=cached,
+            num_train_epochs=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows)
+        assert (trainer.args.offset_weight, trainer.args.logit_decay) == (OFFSET_WEIGHT, LOGIT_DECAY)
+        assert args.offset_weight is None
+        for _ in range(2):
+            # A second training must not take the first one's for columns of the data set.
+            trainer.train()
+        given: Any = trainer.train_dataset
+        assert isinstance(given, PooledStates if cached else RowsWithOffsets)
+        offsets = given.offsets
+        states = model.pooled_states([row["text"] for row in rows], [row["label"] for row in rows])
+        wanted = OFFSET_WEIGHT * offsets_of("single_label", states, 3, seed=args.seed)
+        assert bool(wanted.any())
+        torch.testing.assert_close(offsets, wanted)
+
+
+def test_where_it_can_not_be_had(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    options: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    adapted = make_classifier(frozen, lora={"r": 2})
+    args = RegularizedTrainingArguments(str(tmp_path), **options)
+    assert RegularizedTrainer(model=adapted, args=args, train_dataset=rows).args.offset_weight == 0
+    with pytest.raises(ValueError, match=r"offset_weight=0.5 needs states that stay as they are: train no adapter"):
+        RegularizedTrainer(model=adapted, args=replace(args, offset_weight=0.5), train_dataset=rows)
+    model = make_classifier(frozen)
+    pooled = [{"pooled": state, "labels": i % 2} for i, state in enumerate(torch.randn(20, 16))]
+    assert RegularizedTrainer(model=model, args=args, train_dataset=pooled).args.offset_weight == 0
+    with pytest.raises(ValueError, match="needs the features' activations: rows of pooled states"):
+        RegularizedTrainer(model=model, args=replace(args, offset_weight=0.5), train_dataset=pooled)

@@ -23,6 +23,7 @@ from selfreg.classifier.path import (
 )
 from selfreg.classifier.solver import HeadProblem, solve_head
 from selfreg.classifier.terms import Regularizer
+from selfreg.classifier.training_args import LOGIT_DECAY
 from selfreg.evaluation.path_chart import path_figure, reliance, save_path
 from selfreg.evaluation.report_charts import FigureWriter
 
@@ -92,10 +93,10 @@ def test_a_point_is_the_optimum_that_a_cold_start_finds_and_takes_fewer_iteratio
     for point in path.points:
         args = make_args(tmp_path, penalty_weight=point.penalty_weight, dependence_weight=point.dependence_weight)
         terms = fitted_regularizer(model, train, args)
-        problem = HeadProblem(model, train)
+        problem = HeadProblem(model, train, logit_decay=LOGIT_DECAY)
         cold += problem.solve(terms, ridge=path.ridge, **_SOLVER).iterations
         assert point.validation_loss == pytest.approx(loss.with_error(model, validation)[0], abs=2e-3)
-        solve_head(model, train, terms, ridge=path.ridge)
+        solve_head(model, train, terms, ridge=path.ridge, logit_decay=LOGIT_DECAY)
         tight, error = loss.with_error(model, validation)
         # Too little to change what is chosen.
         assert point.validation_loss == pytest.approx(tight, abs=0.2 * error)
@@ -184,7 +185,7 @@ def test_auto_and_numbers_come_from_a_command_line(tmp_path: Path) -> None:
 
     args = parse("--penalty_weight", "auto", "--dependence_weight", "2.5")
     assert (args.penalty_weight, args.dependence_weight) == ("auto", 2.5)
-    assert parse().term_weights == (10.0, 30.0)
+    assert parse().term_weights == (10.0, 10.0)
     assert json.loads(args.to_json_string())["penalty_weight"] == "auto"
     for words, message in (("-1", "penalty_weight=-1 must not be negative"), ("strong", "'strong' is not known")):
         with pytest.raises(ValueError, match=message):

@@ -13,10 +13,14 @@ from path_helpers import FEATURES, TASKS, make_model, make_states
 from selfreg import RegularizedTrainingArguments
 from selfreg.classifier.path import fitted_regularizer
 from selfreg.classifier.solver import SMOOTHING, HeadProblem, _Terms, solve_head
-from selfreg.classifier.tasks import task_loss
+from selfreg.classifier.tasks import squared_logits, task_loss
 from selfreg.classifier.terms import Regularizer
 
 SIMILARITIES = ("encoder", "dot", "cosine", "subspace")
+
+
+def decay_of(task: str) -> float:
+    return 0.0 if task == "regression" else 0.2
 
 
 def make_terms(
@@ -29,13 +33,15 @@ def make_terms(
 
 
 def objective(
-    model: Any, states: Any, terms: Regularizer | None, ridge: float, weight: Tensor, **kwargs: Any
+    model: Any, states: Any, terms: Regularizer | None, ridge: float, weight: Tensor, decay: float = 0, **kwargs: Any
 ) -> Tensor:
     """As the Trainer has it, plus the ridge; by the model's own forward pass, in float64."""
     model.double()
     model.score.weight.data = weight
     logits = model.logits(states.pooled.double())
     loss = task_loss(model.task, logits, states.labels, target_scale=model.loss_scale, **kwargs)
+    if decay:
+        loss = loss + decay * squared_logits(model.task, logits).mean()
     if terms is not None:
         similarity, dependence = terms(model.score.weight)
         loss = loss + terms.penalty_weight * similarity + terms.dependence_weight * dependence
@@ -50,7 +56,7 @@ def test_the_gradient_is_that_of_the_value(task: str, similarity: str, tmp_path:
     model = make_model(task, states)
     # In float64, as differences need.
     model.double()
-    problem = HeadProblem(model, states)
+    problem = HeadProblem(model, states, logit_decay=decay_of(task))
     terms = _Terms(make_terms(tmp_path, model, states, 0.7, 3.0, similarity), 0.1)
     shape = model.score.weight.shape
 
@@ -75,18 +81,20 @@ def test_the_loss_is_the_one_the_trainer_has_and_nothing_near_is_better(
     states = make_states(task)
     model = make_model(task, states)
     terms = make_terms(tmp_path, model, states, 0.1, 1.0, similarity)
-    solved = solve_head(model, states, terms, ridge=1e-2)
+    solved = solve_head(model, states, terms, ridge=1e-2, logit_decay=decay_of(task))
     assert solved.converged
     weight = solved.weight.double()
     torch.testing.assert_close(model.score.weight.detach(), solved.weight)
     with torch.no_grad():
-        assert float(objective(model, states, terms, 1e-2, weight)) == pytest.approx(solved.loss, rel=1e-5)
+        decay = decay_of(task)
+        assert float(objective(model, states, terms, 1e-2, weight, decay)) == pytest.approx(solved.loss, rel=1e-5)
         generator = torch.Generator().manual_seed(1)
         for size in (1.0, 0.1, 1e-2):
             for _ in range(20):
                 step = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
                 near = weight + size * step / step.norm()
-                assert float(objective(model, states, terms, 1e-2, near)) > solved.loss - 2 * 0.1 * SMOOTHING[-1]
+                value = float(objective(model, states, terms, 1e-2, near, decay))
+                assert value > solved.loss - 2 * 0.1 * SMOOTHING[-1]
 
 
 def test_it_equals_logistic_regression() -> None:
@@ -216,6 +224,9 @@ def test_texts_that_are_told_apart_perfectly_are_solved_to_the_end() -> None:
 
 
 def test_what_can_t_be_solved_says_so() -> None:
+    regression = make_states("regression")
+    with pytest.raises(ValueError, match="logit_decay=0.1 would have no effect: task 'regression' has no logits"):
+        solve_head(make_model("regression"), regression, None, logit_decay=0.1)
     states = make_states("preference")
     model = make_model("preference", states)
     with pytest.raises(ValueError, match="ridge=0 must be more than 0"):

@@ -20,7 +20,8 @@ from selfreg import (
 )
 from selfreg.classifier.baselines import BASELINES, fit_baseline
 from selfreg.classifier.penalty import dependence_term
-from selfreg.classifier.tasks import as_targets, held_constant, residuals, task_loss
+from selfreg.classifier.states import PooledStates
+from selfreg.classifier.tasks import as_targets, held_constant, residuals, squared_logits, task_loss
 from selfreg.classifier.terms import Regularizer
 
 
@@ -206,7 +207,9 @@ class TestTraining:
     ) -> None:
         rows = _rows(task, texts)
         model = _model(task, frozen)
-        args = make_args(tmp_path, num_train_epochs=60, weight_decay=0.0, dependence_weight=0.1, penalty_weight=0.01)
+        weights = {"weight_decay": 0.0, "dependence_weight": 0.1, "penalty_weight": 0.01}
+        # Three features of a random backbone do say what the label is.
+        args = make_args(tmp_path, num_train_epochs=60, offset_weight=0.0, logit_decay=0.0, **weights)
         trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
@@ -268,10 +271,12 @@ def test_weights_of_texts_reach_the_loss(frozen: HiddenStateExtractor, texts: li
     twice = [*rows, rows[0], rows[0]]
     weighted = [{**row, "weight": 3.0 if i == 0 else 1.0} for i, row in enumerate(rows)]
     weights = []
+    # A text that comes thrice is in several folds of the offset.
+    off = {"offset_weight": 0.0}
     for part in (weighted, twice):
         model = make_classifier(frozen)
         # One standardisation for both: that of the model's own is over rows, whatever their weight.
-        args = make_args(tmp_path, per_device_train_batch_size=64, dependence_weight=0.0, num_train_epochs=5)
+        args = make_args(tmp_path, per_device_train_batch_size=64, dependence_weight=0.0, num_train_epochs=5, **off)
         trainer = RegularizedTrainer(model=model, args=args, train_dataset=part)
         torch.nn.init.zeros_(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
@@ -312,6 +317,45 @@ def test_what_does_not_go_together_is_refused(frozen: HiddenStateExtractor, text
     states = _model("regression", frozen).pooled_states(texts, [1.0] * len(texts))
     with pytest.raises(ValueError, match="target.* have a spread of 0"):
         _model("regression", frozen).set_standardization(states.pooled, states.labels)
+
+
+def test_squared_logits() -> None:
+    logits = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+    assert squared_logits("single_label", logits).tolist() == [1.0, 0.0]
+    # What all labels share changes no probability.
+    assert squared_logits("single_label", logits + 5).tolist() == [1.0, 0.0]
+    assert squared_logits("multi_label", logits).tolist() == [5.0, 0.0]
+    assert squared_logits("preference", logits).tolist() == [4.0, 0.0]
+    assert squared_logits("preference", logits, preference_loss="pointwise").tolist() == [5.0, 0.0]
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label", "preference"])
+def test_decay_is_added_in_training_alone_and_knows_no_offset(
+    task: str, frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = (
+        [{"text": text, "label": i % 3, "weight": 1.0 + i % 2} for i, text in enumerate(texts)]
+        if task == "single_label"
+        else _rows(task, texts)
+    )
+    model = make_classifier(frozen) if task == "single_label" else _model(task, frozen)
+    torch.nn.init.normal_(model.score.weight)
+    trainers = [
+        RegularizedTrainer(model=model, args=make_args(tmp_path, logit_decay=decay), train_dataset=rows)
+        for decay in (0.0, 0.5)
+    ]
+    states = trainers[0].train_dataset
+    assert isinstance(states, PooledStates)
+    assert states.offsets is not None
+    batch = states.columns()
+    for training, weight in ((True, 0.5), (False, 0.0)):
+        model.train(training)
+        without, decayed = (trainer.task_loss(model, dict(batch))[0] for trainer in trainers)
+        scores = model(pooled=batch["pooled"]).logits
+        squares = squared_logits(task, scores)  # type: ignore[arg-type]
+        counted = batch.get("weight", torch.ones(len(rows)))
+        wanted = weight * (counted * squares).sum() / counted.sum()
+        torch.testing.assert_close(decayed - without, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_smoothed_losses() -> None:
@@ -406,6 +450,9 @@ def test_a_weight_does_not_hang_on_its_batch(
 
 
 def test_what_would_have_no_effect_is_refused(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
+    args = make_args(tmp_path, logit_decay=0.1)
+    with pytest.raises(ValueError, match="logit_decay=0.1 would have no effect"):
+        RegularizedTrainer(model=_model("regression", frozen), args=args, train_dataset=_rows("regression", texts))
     args = make_args(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1 would have no effect"):
         RegularizedTrainer(model=_model("regression", frozen), args=args, train_dataset=_rows("regression", texts))

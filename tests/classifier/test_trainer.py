@@ -190,7 +190,7 @@ def test_targets_are_softened_in_training_alone(
 ) -> None:
     model = make_classifier(frozen)
     torch.nn.init.normal_(model.score.weight)
-    args = make_args(tmp_path, label_smoothing_factor=smoothing)
+    args = make_args(tmp_path, label_smoothing_factor=smoothing, logit_decay=0.0)
     trainer = RegularizedTrainer(model=model, args=args, train_dataset=make_rows(texts))
     assert trainer.args.label_smoothing_factor == smoothing
     states = trainer.train_dataset

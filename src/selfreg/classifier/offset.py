@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 COMPONENTS = 10
 _FOLDS = 5
+# Of a probability: features that tell a label perfectly would set it aside altogether.
+_LEAST = 1e-6
 _STRENGTHS = (1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3)
 
 _Matrix = NDArray[np.float64]
@@ -129,12 +131,13 @@ def _log_probabilities(z_NK: _Matrix, labels_N: NDArray[np.int64], seed: int) ->
     predictions = [
         np.asarray(
             cross_val_predict(
-                LogisticRegression(C=1 / (strength * len(z_NK))), z_NK, codes_N, cv=folds, method="predict_log_proba"
+                LogisticRegression(C=1 / (strength * len(z_NK))), z_NK, codes_N, cv=folds, method="predict_proba"
             )
         )
         for strength in _STRENGTHS
     ]
-    return max(predictions, key=lambda log_p: float(log_p[np.arange(len(codes_N)), codes_N].mean()))
+    logs = [np.log(np.maximum(p, _LEAST)) for p in predictions]
+    return max(logs, key=lambda log_p: float(log_p[np.arange(len(codes_N)), codes_N].mean()))
 
 
 def _of_two(z_NK: _Matrix, there_N: NDArray[np.int64], seed: int) -> _Matrix:

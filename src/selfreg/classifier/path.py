@@ -202,7 +202,7 @@ def _solve_path(
 ) -> WeightPath:
     check_smoothing(args, model)
     check_decay(args, model)
-    args = args.with_numbers(model.task, model.config.num_unintended, cached=True)
+    args = args.with_numbers(model.task, model.config.num_unintended, can_offset=True)
     regularizer = fitted_regularizer(model, train, _with(args, dict.fromkeys(auto, 0.0)))
     loss = _Loss(label_weights(args, train.labels, model), args.preference_loss)  # type: ignore[arg-type]
     problem = HeadProblem(

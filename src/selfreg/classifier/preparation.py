@@ -5,9 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from selfreg.classifier.arguments import AUTO
-from selfreg.classifier.collator import labels_of, pooled_dataset
+from selfreg.classifier.collator import OFFSET, labels_of, pooled_dataset
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.offset import offsets_of
 from selfreg.classifier.path import UNIT, WeightPath, resolve_weights
@@ -36,18 +38,39 @@ def refuse_unused(args: Any, kwargs: dict[str, Any], unused: dict[str, str]) -> 
             raise ValueError(f"{name}={value!r} would have no effect here: {why}")
 
 
-def with_offsets(model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, dataset: Any) -> Any:
-    """The training set with what the features alone say of it, unless it brings its own offsets."""
-    if not (args.offset_weight and model.config.num_unintended) or dataset is None:
-        return dataset
-    if not isinstance(dataset, PooledStates):
-        raise ValueError(
-            "offset_weight needs a PooledStates, which knows the features' activations: model.pooled_states makes it"
-        )
-    if dataset.offsets is not None:
-        return dataset
-    offsets = offsets_of(model.task, dataset, model.score.out_features, model.unintended_mask, seed=args.seed)
-    return replace(dataset, offsets=args.offset_weight * offsets)
+class RowsWithOffsets(Dataset[dict[str, Any]]):
+    """Rows of a data set with what the unintended features say of each.
+
+    Args:
+        rows: the data set.
+        offsets (`[N, L]`): of its rows.
+    """
+
+    def __init__(self, rows: Any, offsets: Tensor) -> None:
+        self.rows, self.offsets = rows, offsets
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], OFFSET: self.offsets[index]}
+
+
+def with_offsets(
+    model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, states: PooledStates
+) -> PooledStates:
+    """States with what the features alone say of them, unless they bring their own offsets."""
+    if not (args.offset_weight and model.config.num_unintended) or states.offsets is not None:
+        return states
+    offsets = offsets_of(model.task, states, model.score.out_features, model.unintended_mask, seed=args.seed)
+    return replace(states, offsets=args.offset_weight * offsets)
+
+
+def knows_features(dataset: Any) -> bool:
+    """Whether the features' activations in each text of a training set are there, or can be worked out."""
+    if dataset is None or isinstance(dataset, PooledStates):
+        return True
+    return "pooled" not in dataset[0] or "unintended_activations" in dataset[0]
 
 
 def chosen_weights(
@@ -64,6 +87,7 @@ def chosen_weights(
     if not isinstance(states, PooledStates):
         pooled = "pooled" in dataset[0]
         states = stacked(model, dataset, needs_activations=True) if pooled else pooled_dataset(model, dataset)
+        states = with_offsets(model, args, states)
     resolved, path = resolve_weights(model, args, states)
     numbers = ", ".join(f"{name}={getattr(resolved, name):g}" for name in auto)
     logger.info("chosen by validation loss: %s", numbers)

@@ -96,7 +96,8 @@ def solve_head(
         max_iterations: of each ε.
 
     Raises:
-        ValueError: a ridge that is not positive, a margin with `preference_loss="pointwise"`, or an unknown loss.
+        ValueError: a ridge that is not positive, a decay of logits that are none, a margin with
+            `preference_loss="pointwise"`, or an unknown loss.
     """
     problem = HeadProblem(
         model,
@@ -131,6 +132,8 @@ class HeadProblem:
             raise ValueError(
                 "a margin is between two sides: preference_loss='pointwise' can't use it; drop the column"
             )
+        if logit_decay and model.task == "regression":
+            raise ValueError(f"logit_decay={logit_decay} would have no effect: task 'regression' has no logits")
         self.model, self.states = model, states
         self.label_weights, self.preference_loss = label_weights, preference_loss
         self.label_smoothing, self.logit_decay = label_smoothing, logit_decay

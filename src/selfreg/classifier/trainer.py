@@ -30,7 +30,9 @@ from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.preparation import (
     OWN_UNUSED,
     STOCK_UNUSED,
+    RowsWithOffsets,
     chosen_weights,
+    knows_features,
     refuse_unused,
     stacked,
     with_offsets,
@@ -119,18 +121,22 @@ class RegularizedTrainer(RegularizationMixin):
                 check_margins(part, args, name)
                 _check_states_stay(part, model, name)
             refuse_unused(args, kwargs, OWN_UNUSED)
-            knows_features = cached and (train_dataset is None or "pooled" not in train_dataset[0])
-            knows_features = knows_features or isinstance(train_dataset, PooledStates)
-            args = args.with_numbers(model.task, model.config.num_unintended, cached=knows_features)
+            can_offset = model.backbone_is_frozen and knows_features(train_dataset)
+            args = args.with_numbers(model.task, model.config.num_unintended, can_offset=can_offset)
             check_decay(args, model)
             self._label_weights = label_weights(args, labels, model)
             check_smoothing(args, model)
             if labels is not None:
                 self.mean_weight = mean_weight(train_dataset, labels, self._label_weights, model)
-            if args.offset_weight and not cached:
+            if args.offset_weight and not model.backbone_is_frozen:
                 raise ValueError(
-                    f"offset_weight={args.offset_weight} needs states that stay as they are: set cache_states=True "
-                    "and train no adapter, or set offset_weight=0"
+                    f"offset_weight={args.offset_weight} needs states that stay as they are: train no adapter, or set "
+                    "offset_weight=0"
+                )
+            if args.offset_weight and not knows_features(train_dataset):
+                raise ValueError(
+                    f"offset_weight={args.offset_weight} needs the features' activations: rows of pooled states with "
+                    "'unintended_activations', or a PooledStates, which model.pooled_states makes"
                 )
             if is_sharded(model) and (fsdp_asked(args) or not cached):
                 raise ValueError(
@@ -147,7 +153,8 @@ class RegularizedTrainer(RegularizationMixin):
                     eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
                 else:
                     eval_dataset = _cached(model, eval_dataset)
-            train_dataset = with_offsets(model, args, train_dataset)
+            if isinstance(train_dataset, PooledStates):
+                train_dataset = with_offsets(model, args, train_dataset)
             args, self.weight_path = chosen_weights(model, args, train_dataset)
             # Of a frozen backbone nothing is to be sent: every process has loaded it, or holds its part of it.
             own_names = (name for name, _ in model.named_parameters() if name.startswith(BACKBONE_PREFIX))
@@ -326,10 +333,15 @@ class RegularizedTrainer(RegularizationMixin):
         """Standardisation and dependence directions, in closed form over the training set as it is now."""
         states = dataset if isinstance(dataset, PooledStates) else None
         if states is None and "pooled" in dataset[0]:
-            states = stacked(model, dataset, needs_activations=bool(self.args.dependence_weight))
+            needed = bool(self.args.dependence_weight or self.args.offset_weight)
+            states = stacked(model, dataset, needs_activations=needed)
         if states is None:
             # cache_states is off: the backbone runs at every step, and once before for what the head is fitted to.
             states = pooled_dataset(model, dataset)
+        if self.args.offset_weight and not isinstance(dataset, PooledStates | RowsWithOffsets):
+            offsets = with_offsets(model, self.args, states).offsets
+            if offsets is not None:
+                self.train_dataset = RowsWithOffsets(dataset, offsets)
         model.set_standardization(states.pooled, states.labels)
         if self.args.dependence_weight and model.config.num_unintended:
             differences, activations = states.compared

@@ -28,18 +28,18 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
     loss = task loss + penalty_weight · similarity + dependence_weight · dependence, where the task loss is that of
     logits + offset, plus logit_decay · mean squared logit.
 
-    An offset and a logit decay come with the two terms by default, where there are unintended features, states are
-    cached, the task is no `regression` and labels are not smoothed. With both terms off they are off as well.
+    An offset and a logit decay come with the two terms by default, where there are unintended features, the backbone
+    is frozen, the task is no `regression` and labels are not smoothed. With both terms off they are off as well.
 
     Args:
         penalty_weight, similarity, dependence_weight, dependence_momentum: see [`RegularizationArguments`].
         offset_weight (`float`, *optional*): how much of what the unintended features alone say about the label is
             set aside in training, 0 to 1; see [`unintended_offsets`]. It reaches what is spread over the whole text,
-            and costs accuracy where what is unintended does predict the label. None: 0.6 where it can be had, see
-            above. It needs cached states.
+            and costs accuracy where what is unintended does predict the label. None: 0.6 or 0, see
+            above. It needs a frozen backbone.
         logit_decay (`float`, *optional*): weight of the mean squared logit (see [`squared_logits`]; Kannan et al.
             2018), so that a head which tells its training texts apart need not become ever surer of them by whatever
-            helps. The offset is not counted. None: 0.1 as above.
+            helps. The offset is not counted. None: 0.1 or 0, as above.
         remove_unintended (`bool`, *optional*): take the features out of the hidden states, in training and afterwards.
             None: as the model was made, which is True where nothing else was said.
         cache_states (`bool`, defaults to `True`): with a frozen backbone, run each text through it once instead of
@@ -101,16 +101,16 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
         # Without an accelerator pinned memory only brings a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
-    def with_numbers(self, task: Task, num_unintended: int, *, cached: bool) -> "RegularizedTrainingArguments":
+    def with_numbers(self, task: Task, num_unintended: int, *, can_offset: bool) -> "RegularizedTrainingArguments":
         """A copy with numbers for the offset and the logit decay.
 
         Args:
             task: of the classifier.
             num_unintended: how many features it must not use.
-            cached: whether states are computed once.
+            can_offset: whether states stay as they are, and the features' activations in them are known.
         """
         weights: tuple[Any, ...] = (self.penalty_weight, self.dependence_weight)
-        usual = cached and num_unintended > 0 and any(weights) and task != "regression"
+        usual = can_offset and num_unintended > 0 and any(weights) and task != "regression"
         usual = usual and not self.label_smoothing_factor
         own = copy.copy(self)
         if own.offset_weight is None:

@@ -2,7 +2,7 @@
 
 pip install trl            # on a CPU add --use_cpu --bf16 False: TRL's default is bfloat16 on an accelerator
 python examples/reward_trainer.py --model Qwen/Qwen3-0.6B --train pairs.jsonl --unintended unintended \
-    --penalty_weight 10 --dependence_weight 30 --output_dir runs/reward
+    --penalty_weight 10 --dependence_weight 10 --output_dir runs/reward
 """
 
 from dataclasses import dataclass, field

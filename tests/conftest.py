@@ -125,6 +125,12 @@ def extractor(tokenizer: PreTrainedTokenizerFast) -> HiddenStateExtractor:
     return HiddenStateExtractor(tiny_backbone(), tokenizer, layer=1, max_length=32, name="tiny")
 
 
+@pytest.fixture
+def frozen(extractor: HiddenStateExtractor) -> HiddenStateExtractor:
+    extractor.backbone.requires_grad_(False)
+    return extractor
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Sixty short texts of the vocabulary, of different lengths, none twice."""

@@ -282,7 +282,7 @@ class Trial:
         if not len(unintended):
             raise DoesNotApply(f"no feature is chosen by {choice}")
         args = replace(self.args(), remove_unintended=True)
-        args = replace(args, **changes).with_numbers(self.pool.task, len(unintended), can_offset=True)
+        args = replace(args, **changes).resolve_defaults(self.pool.task, len(unintended), can_offset=True)
         removed = unintended if args.remove_unintended else None
         train = self.states(self.rows.train, unintended, removed, method)
         if method == "sae_finetuned":

@@ -97,7 +97,7 @@ class Heads:
             logging_steps=20,
             report_to="none",
             disable_tqdm=True,
-        ).with_numbers(recipe.task, len(unintended), can_offset=part.lora is None)
+        ).resolve_defaults(recipe.task, len(unintended), can_offset=part.lora is None)
 
     @cached_property
     def classifier(self) -> RegularizedSequenceClassifier:
@@ -241,6 +241,9 @@ class Heads:
 
     def _fit(self, name: str) -> tuple[FittedHead | None, dict[str, PooledStates]]:
         callbacks = [StepProgress(f"classifier {name}")]
+        if name == "offset_only" and not self.args.offset_weight:
+            logger.warning("offset_only left out: there is no offset (classifier.offset_weight)")
+            return None, {}
         if name == "selfreg" or name in _PARTS:
             self._choose_weights()
             args = replace(self.args, **_PARTS.get(name, {}))

@@ -24,7 +24,7 @@ MORE_BASELINES = (
     "zero_shot",
     "scrubbing",
 )
-"""Further ones: the span of the features projected away, selfreg's own three parts each by itself, and three that see
+"""Further ones: the span of the features projected away, selfreg's own parts each by itself, and three that see
 the text and not the hidden states: TF-IDF with logistic regression, prompting the backbone, and masking keywords."""
 
 
@@ -197,7 +197,10 @@ class ClassifierRecipe(_Part):
         "0 with lora, regression, label_smoothing_factor, or without both terms.",
     )
     logit_decay: float | None = Field(
-        None, ge=0, description="Weight of the mean squared logit in training; null: 0.1, and 0 as above."
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the mean squared logit in training; null: 0.1, and 0 as above.",
     )
     remove_unintended: bool = True
     weight_decay: float = Field(2.0, ge=0, description="Of selfreg's classifier; l2 has its own, the others none.")
@@ -268,6 +271,8 @@ class Recipe(_Part):
             self.backbone.template = CHAT
         if self.task in ("regression", "preference") and self.classifier.class_weights is not None:
             raise ValueError(f"classifier.class_weights: task {self.task} has no classes; leave it out")
+        if self.task == "regression" and self.classifier.logit_decay:
+            raise ValueError("classifier.logit_decay: task regression has no logits; leave it out")
         if self.task != "preference" and self.classifier.preference_loss != "bradley_terry":
             raise ValueError(f"classifier.preference_loss is of task preference, not of {self.task}; leave it out")
         return self

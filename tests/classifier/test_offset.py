@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from sklearn.metrics import roc_auc_score
+from transformers import DataCollatorWithPadding, HfArgumentParser
 
 from helpers import make_classifier
 from selfreg import (
@@ -18,7 +20,7 @@ from selfreg import (
 )
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.offset import attribute_offsets, offsets_of, unintended_offsets
-from selfreg.classifier.preparation import RowsWithOffsets
+from selfreg.classifier.preparation import OFFSET, RowsWithOffsets
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.training_args import LOGIT_DECAY, OFFSET_WEIGHT
 
@@ -161,14 +163,19 @@ def test_the_head_leaves_to_the_features_what_they_say(tmp_path: Path) -> None:
 
 def test_what_it_needs(tmp_path: Path) -> None:
     for name in ("offset_weight", "logit_decay"):
-        with pytest.raises(ValueError, match=f"{name}=-1"):
-            RegularizedTrainingArguments(str(tmp_path), **{name: -1})  # type: ignore[arg-type]
+        for value in (-1, True, float("nan")):
+            with pytest.raises(ValueError, match=f"{name}=.* must be"):
+                RegularizedTrainingArguments(str(tmp_path), **{name: value})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"{name}='much' is not known"):
+            RegularizedTrainingArguments(str(tmp_path), **{name: "much"})  # type: ignore[arg-type]
+        given = HfArgumentParser(RegularizedTrainingArguments).parse_dict({"output_dir": str(tmp_path), name: "0.3"})
+        assert getattr(given[0], name) == 0.3
 
 
 def test_both_come_with_the_terms(tmp_path: Path) -> None:
     def numbers(task: Any = "single_label", count: int = 3, can_offset: bool = True, **given: Any) -> tuple[Any, Any]:
         args = RegularizedTrainingArguments(str(tmp_path), **given)
-        own = args.with_numbers(task, count, can_offset=can_offset)
+        own = args.resolve_defaults(task, count, can_offset=can_offset)
         assert (args.offset_weight, args.logit_decay) == (given.get("offset_weight"), given.get("logit_decay"))
         return own.offset_weight, own.logit_decay
 
@@ -188,38 +195,77 @@ def test_both_come_with_the_terms(tmp_path: Path) -> None:
     assert numbers(can_offset=False, offset_weight=0.2, logit_decay=0.3) == (0.2, 0.3)
 
 
-def test_rows_are_set_aside_as_states_are(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
-    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
-    for cached in (True, False):
-        model = make_classifier(frozen)
-        args = RegularizedTrainingArguments(
-            str(tmp_path),
-            cache_states=cached,
-            num_train_epochs=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
+OPTIONS: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "num_train_epochs": 1}
+
+
+def rows_of(texts: list[str]) -> list[dict[str, Any]]:
+    return [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_are_set_aside_as_states_are(
+    cached: bool, frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    rows = rows_of(texts)
+    model = make_classifier(frozen)
+    args = RegularizedTrainingArguments(str(tmp_path), cache_states=cached, **OPTIONS)
+    trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows)
+    assert (trainer.args.offset_weight, trainer.args.logit_decay) == (OFFSET_WEIGHT, LOGIT_DECAY)
+    assert args.offset_weight is None
+    given: Any = trainer.train_dataset
+    for _ in range(2):
+        trainer.train()
+    states = model.pooled_states(texts, [row["label"] for row in rows])
+    wanted = OFFSET_WEIGHT * offsets_of("single_label", states, 3, seed=args.seed)
+    assert bool(wanted.any())
+    torch.testing.assert_close(trainer.offsets, wanted)
+    batches = list(trainer.get_train_dataloader())
+    assert sorted(torch.cat([batch["offset"] for batch in batches]).flatten().tolist()) == pytest.approx(
+        sorted(wanted.flatten().tolist())
+    )
+    # The data set itself does not carry them: another trainer without an offset may have it.
+    assert trainer.train_dataset is given
+    if cached:
+        assert given.offsets is None
+    off = replace(args, offset_weight=0.0)
+    other = RegularizedTrainer(model=make_classifier(frozen), args=off, train_dataset=given)
+    other.train()
+    assert other.offsets is None
+    assert "offset" not in next(iter(other.get_train_dataloader()))
+
+
+def test_what_a_user_brings_need_not_know_of_offsets(
+    frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path
+) -> None:
+    tokenizer = frozen.tokenizer
+    rows = Dataset.from_list([{**tokenizer(text), "labels": i % 2} for i, text in enumerate(texts)])
+    rows = rows.remove_columns([name for name in rows.column_names if name not in ("input_ids", "labels")])
+    for changes in ({"remove_unused_columns": True}, {"train_sampling_strategy": "group_by_length"}):
+        args = RegularizedTrainingArguments(str(tmp_path), cache_states=False, **OPTIONS, **changes)  # type: ignore[arg-type]
+        trainer = RegularizedTrainer(
+            model=make_classifier(frozen),
+            args=args,
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(tokenizer),
         )
-        trainer = RegularizedTrainer(model=model, args=args, train_dataset=rows)
-        assert (trainer.args.offset_weight, trainer.args.logit_decay) == (OFFSET_WEIGHT, LOGIT_DECAY)
-        assert args.offset_weight is None
-        for _ in range(2):
-            # A second training must not take the first one's for columns of the data set.
-            trainer.train()
-        given: Any = trainer.train_dataset
-        assert isinstance(given, PooledStates if cached else RowsWithOffsets)
-        offsets = given.offsets
-        states = model.pooled_states([row["text"] for row in rows], [row["label"] for row in rows])
-        wanted = OFFSET_WEIGHT * offsets_of("single_label", states, 3, seed=args.seed)
-        assert bool(wanted.any())
-        torch.testing.assert_close(offsets, wanted)
+        trainer.train()
+        assert set(next(iter(trainer.get_train_dataloader()))) >= {"input_ids", "attention_mask", "labels", "offset"}
+    subset = RowsWithOffsets(rows, torch.arange(len(texts)).unsqueeze(1))
+    assert [row[OFFSET].item() for row in subset.__getitems__([3, 1])] == [3, 1]
+    assert subset.__getitems__([3])[0]["input_ids"] == subset[3]["input_ids"] == rows[3]["input_ids"]
+
+
+def test_of_few_pairs_nothing_is_set_aside(caplog: pytest.LogCaptureFixture) -> None:
+    sides = RANDOM.normal(size=(4, 2, 3))
+    assert not unintended_offsets("preference", states_of(np.zeros(4, dtype=int), sides)).any()
+    assert not unintended_offsets("regression", states_of(np.arange(4.0), sides[:, 0])).any()
+    assert caplog.text.count("4 training texts are fewer than 5") == 2
 
 
 def test_where_it_can_not_be_had(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
-    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
-    options: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    rows = rows_of(texts)
     adapted = make_classifier(frozen, lora={"r": 2})
-    args = RegularizedTrainingArguments(str(tmp_path), **options)
+    args = RegularizedTrainingArguments(str(tmp_path), **OPTIONS)
     assert RegularizedTrainer(model=adapted, args=args, train_dataset=rows).args.offset_weight == 0
     with pytest.raises(ValueError, match=r"offset_weight=0.5 needs states that stay as they are: train no adapter"):
         RegularizedTrainer(model=adapted, args=replace(args, offset_weight=0.5), train_dataset=rows)

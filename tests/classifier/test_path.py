@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from path_helpers import TASKS, make_model, make_states
 from selfreg import RegularizedTrainingArguments
+from selfreg.classifier.offset import with_offsets
 from selfreg.classifier.path import (
     _SOLVER,
     RIDGES,
@@ -23,7 +24,7 @@ from selfreg.classifier.path import (
 )
 from selfreg.classifier.solver import HeadProblem, solve_head
 from selfreg.classifier.terms import Regularizer
-from selfreg.classifier.training_args import LOGIT_DECAY
+from selfreg.classifier.training_args import LOGIT_DECAY, OFFSET_WEIGHT
 from selfreg.evaluation.path_chart import path_figure, reliance, save_path
 from selfreg.evaluation.report_charts import FigureWriter
 
@@ -88,6 +89,8 @@ def test_a_point_is_the_optimum_that_a_cold_start_finds_and_takes_fewer_iteratio
     model = make_model("single_label")
     train, validation = split(model, states, seed=42)
     path = weight_path(model, train, make_args(tmp_path), validation=validation)
+    # As the path has them, from the texts that it solves on.
+    train = with_offsets(model, make_args(tmp_path, offset_weight=OFFSET_WEIGHT), train)
     loss = _Loss(None, "bradley_terry")
     cold = 0
     for point in path.points:

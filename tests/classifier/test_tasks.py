@@ -20,20 +20,15 @@ from selfreg import (
 )
 from selfreg.classifier.baselines import BASELINES, fit_baseline
 from selfreg.classifier.penalty import dependence_term
+from selfreg.classifier.running import batch_constant
 from selfreg.classifier.states import PooledStates
-from selfreg.classifier.tasks import as_targets, held_constant, residuals, squared_logits, task_loss
+from selfreg.classifier.tasks import as_targets, held_constant, residuals, squared_logits, task_loss, text_weights
 from selfreg.classifier.terms import Regularizer
 
 
 def make_args(path: Path, **kwargs: Any) -> RegularizedTrainingArguments:
     options: dict[str, Any] = {"num_train_epochs": 3, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     return RegularizedTrainingArguments(str(path), **{**options, **kwargs})
-
-
-@pytest.fixture
-def frozen(extractor: HiddenStateExtractor) -> HiddenStateExtractor:
-    extractor.backbone.requires_grad_(False)
-    return extractor
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -104,6 +99,15 @@ class TestTargets:
     def test_wrong_ones_are_named(self, task: Any, values: list[Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             as_targets(task, values, 3, "train_dataset")
+
+    @pytest.mark.parametrize("task", ["single_label", "multi_label", "regression", "preference"])
+    def test_nothing_is_held_constant_where_there_are_no_texts(self, task: Any) -> None:
+        labels = torch.zeros(0, 3) if task == "multi_label" else torch.zeros(0, dtype=torch.long)
+        assert len(batch_constant(task, labels, 3)) == 0
+
+    def test_weights_of_texts_are_where_the_labels_are(self) -> None:
+        labels = torch.zeros(3, dtype=torch.long, device="meta")
+        assert text_weights("single_label", labels, None, torch.ones(2, device="meta")).device == labels.device
 
     def test_what_is_held_constant(self) -> None:
         labels = torch.tensor([[0.0, 1], [1, 1], [0, 0], [1, 0], [1, 1]])
@@ -346,8 +350,8 @@ def test_decay_is_added_in_training_alone_and_knows_no_offset(
     ]
     states = trainers[0].train_dataset
     assert isinstance(states, PooledStates)
-    assert states.offsets is not None
-    batch = states.columns()
+    columns = 1 if task == "preference" else 3
+    batch = {**states.columns(), "offset": torch.randn(len(rows), 2 if columns == 1 else columns)}
     for training, weight in ((True, 0.5), (False, 0.0)):
         model.train(training)
         without, decayed = (trainer.task_loss(model, dict(batch))[0] for trainer in trainers)

@@ -32,12 +32,6 @@ from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import held_constant
 
 
-@pytest.fixture
-def frozen(extractor: HiddenStateExtractor) -> HiddenStateExtractor:
-    extractor.backbone.requires_grad_(False)
-    return extractor
-
-
 def make_args(folder: Path, **kwargs: Any) -> RegularizedTrainingArguments:
     defaults: dict[str, Any] = {
         "num_train_epochs": 5,

@@ -18,8 +18,6 @@ from selfreg.classifier.tasks import as_targets
 from selfreg.utils.progress import progress
 from selfreg.utils.sharding import without_gradient
 
-OFFSET = "unintended_offset"
-"""Column that training adds to rows: what the unintended features say of each."""
 _POOL_BATCH = 32
 _NUMBERS = ("weight", "margin")
 """Columns of one number a text that training may use: weight in the loss, and margin of a pair."""
@@ -65,8 +63,6 @@ class ClassifierCollator:
         for name in _NUMBERS:
             if first.get(name) is not None:
                 batch[name] = torch.tensor([float(row[name]) for row in rows])
-        if OFFSET in first:
-            batch["offset"] = torch.stack([row[OFFSET] for row in rows])
         return batch
 
     def token_ids(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -14,7 +14,7 @@ Shapes: N texts (or pairs), U unintended features, L labels.
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ from torch import Tensor
 
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import Task
+
+if TYPE_CHECKING:
+    from selfreg.classifier.modeling import RegularizedSequenceClassifier
+    from selfreg.classifier.training_args import RegularizedTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,16 @@ def offsets_of(
     return F.pad(offsets, (0, num_labels - offsets.shape[1])) if task == "single_label" else offsets
 
 
+def with_offsets(
+    model: "RegularizedSequenceClassifier", args: "RegularizedTrainingArguments", states: PooledStates
+) -> PooledStates:
+    """States with what the features alone say of them, unless they bring their own offsets."""
+    if not (args.offset_weight and model.config.num_unintended) or states.offsets is not None:
+        return states
+    offsets = offsets_of(model.task, states, model.score.out_features, model.unintended_mask, seed=args.seed)
+    return replace(states, offsets=args.offset_weight * offsets)
+
+
 def unintended_offsets(task: Task, states: PooledStates, *, seed: int = 0) -> Tensor:
     """f of every training text, in the shape of its logits.
 
@@ -73,7 +87,10 @@ def unintended_offsets(task: Task, states: PooledStates, *, seed: int = 0) -> Te
     """
     z_NK = _components(states.compared[1].double().numpy(), symmetric=task == "preference")
     labels = states.labels.numpy()
-    if z_NK.shape[1] == 0:
+    few = task in ("regression", "preference") and len(labels) < _FOLDS
+    if few:
+        logger.warning("nothing is set aside: %d training texts are fewer than %d", len(labels), _FOLDS)
+    if z_NK.shape[1] == 0 or few:
         columns = {"single_label": int(labels.max(initial=0)) + 1, "multi_label": labels.shape[-1], "preference": 2}
         return torch.zeros(len(labels), columns.get(task, 1))
     if task == "single_label":

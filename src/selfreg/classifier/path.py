@@ -20,6 +20,7 @@ from torch import Tensor
 from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.inputs import check_decay, check_smoothing, label_weights
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.offset import with_offsets
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.solver import HeadProblem
 from selfreg.classifier.states import PooledStates
@@ -162,7 +163,7 @@ def weight_path(
         args: weights, similarity, `class_weights`, `preference_loss`, `label_smoothing_factor`, `logit_decay`
             and `seed`.
         validation: pooled states to choose by. None: a fifth of `train`, with the same share of every label where
-            there is one label a text.
+            there is one label a text. Given ones are judged with the offsets that they bring, if any.
         points: of the path, the first without the terms that are chosen.
         ridge: of all points; searched among `RIDGES` if None.
         measure (*optional*): called with the model at each point and the validation states, for `PathPoint.figures`.
@@ -173,6 +174,8 @@ def weight_path(
     auto = [name for name in UNIT if getattr(args, name) == AUTO]
     if not auto:
         raise ValueError(f"a path needs a weight that is 'auto'; {', '.join(UNIT)} are both numbers")
+    args = args.resolve_defaults(model.task, model.config.num_unintended, can_offset=True)
+    train = with_offsets(model, args, train)
     if validation is None:
         train, validation = split(model, train, args.seed)
     if len(validation) < 2:
@@ -202,7 +205,6 @@ def _solve_path(
 ) -> WeightPath:
     check_smoothing(args, model)
     check_decay(args, model)
-    args = args.with_numbers(model.task, model.config.num_unintended, can_offset=True)
     regularizer = fitted_regularizer(model, train, _with(args, dict.fromkeys(auto, 0.0)))
     loss = _Loss(label_weights(args, train.labels, model), args.preference_loss)  # type: ignore[arg-type]
     problem = HeadProblem(
@@ -388,6 +390,7 @@ def resolve_weights(
         return args, None
     if not model.config.num_unintended:
         return _with(args, dict.fromkeys(auto, 0.0)), None
+    args = args.resolve_defaults(model.task, model.config.num_unintended, can_offset=True)
     path = weight_path(model, train, args, measure=measure)
     chosen: Any = path.points[path.chosen]
     return _with(args, {name: getattr(chosen, name) for name in auto}), path

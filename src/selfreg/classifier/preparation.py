@@ -1,6 +1,7 @@
 """What a RegularizedTrainer works out of its training set before the first step."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from selfreg.classifier.arguments import AUTO
-from selfreg.classifier.collator import OFFSET, labels_of, pooled_dataset
+from selfreg.classifier.collator import labels_of, pooled_dataset
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
-from selfreg.classifier.offset import offsets_of
 from selfreg.classifier.path import UNIT, WeightPath, resolve_weights
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import as_targets
@@ -19,12 +19,14 @@ from selfreg.classifier.training_args import RegularizedTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+OFFSET = "unintended_offset"
+"""Column that training adds to rows: what the unintended features say of each."""
 OWN_UNUSED = {
     "compute_loss_func": "the loss is that of the task; subclass RegularizedTrainer and override loss_of",
 }
 STOCK_UNUSED = {
     "class_weights": "a stock model works out its loss itself: pass compute_loss_func",
-    "offset_weight": "it needs the cached states of a RegularizedSequenceClassifier",
+    "offset_weight": "it is for a RegularizedSequenceClassifier with a frozen backbone",
     "logit_decay": "a stock model works out its loss itself",
 }
 """Arguments without an effect on a model of selfreg, and on a stock one, with why."""
@@ -55,15 +57,26 @@ class RowsWithOffsets(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.rows[index], OFFSET: self.offsets[index]}
 
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        many = getattr(self.rows, "__getitems__", None)
+        rows = [self.rows[i] for i in indices] if many is None else many(indices)
+        return [{**row, OFFSET: self.offsets[i]} for row, i in zip(rows, indices, strict=True)]
 
-def with_offsets(
-    model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, states: PooledStates
-) -> PooledStates:
-    """States with what the features alone say of them, unless they bring their own offsets."""
-    if not (args.offset_weight and model.config.num_unintended) or states.offsets is not None:
-        return states
-    offsets = offsets_of(model.task, states, model.score.out_features, model.unintended_mask, seed=args.seed)
-    return replace(states, offsets=args.offset_weight * offsets)
+
+class OffsetCollator:
+    """Another collator, which need not know of offsets, for rows that have them.
+
+    Args:
+        collator: makes a batch of the rows without them.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        offsets = torch.stack([row[OFFSET] for row in rows])
+        batch = self.collator([{name: value for name, value in row.items() if name != OFFSET} for row in rows])
+        return {**batch, "offset": offsets}
 
 
 def knows_features(dataset: Any) -> bool:
@@ -87,7 +100,6 @@ def chosen_weights(
     if not isinstance(states, PooledStates):
         pooled = "pooled" in dataset[0]
         states = stacked(model, dataset, needs_activations=True) if pooled else pooled_dataset(model, dataset)
-        states = with_offsets(model, args, states)
     resolved, path = resolve_weights(model, args, states)
     numbers = ", ".join(f"{name}={getattr(resolved, name):g}" for name in auto)
     logger.info("chosen by validation loss: %s", numbers)

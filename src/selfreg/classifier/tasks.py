@@ -115,7 +115,7 @@ def weighted_mean(each: Tensor, weights: Tensor, mean_weight: float | None) -> T
 
 def text_weights(task: Task, labels: Tensor, sample_weights: Tensor | None, label_weights: Tensor | None) -> Tensor:
     """What each text of a training set counts in the loss, `[N]`."""
-    weights = torch.ones(len(labels)) if sample_weights is None else sample_weights.float()
+    weights = torch.ones(len(labels), device=labels.device) if sample_weights is None else sample_weights.float()
     return weights * label_weights[labels] if task == "single_label" and label_weights is not None else weights
 
 
@@ -138,7 +138,9 @@ def held_constant(task: Task, labels: Tensor) -> Tensor:
     columns = torch.ones(len(labels), 1, dtype=torch.float64, device=labels.device)
     if task == "preference":
         return columns
-    return torch.cat([columns, labels.double().reshape(len(labels), -1)], dim=1)
+    targets = labels.double()
+    # No reshape by -1: a process may have no texts left in an epoch's last batch.
+    return torch.cat([columns, targets.unsqueeze(1) if targets.ndim == 1 else targets.flatten(1)], dim=1)
 
 
 def residuals(values: Tensor, constant: Tensor) -> Tensor:

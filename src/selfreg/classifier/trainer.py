@@ -3,13 +3,16 @@
 import copy
 import logging
 import shutil
+from collections.abc import Sized
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import HubStrategy
 
 from selfreg.classifier.checkpoint import BACKBONE_PREFIX, check_saved_whole
@@ -25,17 +28,19 @@ from selfreg.classifier.inputs import (
 )
 from selfreg.classifier.lora import ADAPTER_FOLDER, restore_adapter, unsaved_parameters
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.offset import with_offsets
 from selfreg.classifier.path import WeightPath
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.preparation import (
+    OFFSET,
     OWN_UNUSED,
     STOCK_UNUSED,
+    OffsetCollator,
     RowsWithOffsets,
     chosen_weights,
     knows_features,
     refuse_unused,
     stacked,
-    with_offsets,
 )
 from selfreg.classifier.regularizer import RegularizationMixin
 from selfreg.classifier.running import batch_constant
@@ -91,6 +96,8 @@ class RegularizedTrainer(RegularizationMixin):
                 "weights of the two terms"
             )
         self._label_weights: Tensor | None = None
+        # What the unintended features say of each training text, weighted; worked out when training starts.
+        self.offsets: Tensor | None = None
         self.weight_path: WeightPath | None = None
         # Of the texts of the training set: with it a text counts the same whatever else is in its batch.
         self.mean_weight = 1.0
@@ -122,8 +129,10 @@ class RegularizedTrainer(RegularizationMixin):
                 _check_states_stay(part, model, name)
             refuse_unused(args, kwargs, OWN_UNUSED)
             can_offset = model.backbone_is_frozen and knows_features(train_dataset)
-            args = args.with_numbers(model.task, model.config.num_unintended, can_offset=can_offset)
+            args = args.resolve_defaults(model.task, model.config.num_unintended, can_offset=can_offset)
             check_decay(args, model)
+            if args.offset_weight or args.logit_decay:
+                logger.info("offset_weight=%g, logit_decay=%g", args.offset_weight, args.logit_decay)
             self._label_weights = label_weights(args, labels, model)
             check_smoothing(args, model)
             if labels is not None:
@@ -153,8 +162,6 @@ class RegularizedTrainer(RegularizationMixin):
                     eval_dataset = {name: _cached(model, part) for name, part in eval_dataset.items()}
                 else:
                     eval_dataset = _cached(model, eval_dataset)
-            if isinstance(train_dataset, PooledStates):
-                train_dataset = with_offsets(model, args, train_dataset)
             args, self.weight_path = chosen_weights(model, args, train_dataset)
             # Of a frozen backbone nothing is to be sent: every process has loaded it, or holds its part of it.
             own_names = (name for name, _ in model.named_parameters() if name.startswith(BACKBONE_PREFIX))
@@ -190,13 +197,39 @@ class RegularizedTrainer(RegularizationMixin):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; of an epoch's last batch, what it was filled up with counts nothing."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        read = self.accelerator.gradient_state
-        own = isinstance(self.model, RegularizedSequenceClassifier)
-        if own and batches and self.args.world_size > 1 and read.end_of_dataloader and read.remainder > 0:
-            size = len(batches[-1]["labels"])
-            counts = counts_of_last(size, read.remainder, self.args.process_index, self.args.world_size)
-            batches[-1] = {**batches[-1], COUNTS: counts.to(batches[-1]["labels"].device)}
+        own, world = isinstance(self.model, RegularizedSequenceClassifier), self.args.world_size
+        if own and batches and world > 1 and self.accelerator.gradient_state.end_of_dataloader:
+            labels = batches[-1]["labels"]
+            # Not accelerate's own remainder, which is not known where an epoch is taken up in its middle.
+            left = len(cast("Sized", self.train_dataset)) % (len(labels) * world)
+            if left and not self.args.dataloader_drop_last:
+                counts = counts_of_last(len(labels), left, self.args.process_index, world)
+                batches[-1] = {**batches[-1], COUNTS: counts.to(labels.device)}
         return batches, num_items
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in transformers, with the offsets, which the data set itself never carries."""
+        given, collator = self.train_dataset, self.data_collator
+        if self.offsets is None or getattr(given, "offsets", None) is not None:
+            return super().get_train_dataloader()
+        if isinstance(given, PooledStates):
+            self.train_dataset = replace(given, offsets=self.offsets)
+        else:
+            self.train_dataset, self.data_collator = RowsWithOffsets(given, self.offsets), OffsetCollator(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = given, collator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = train_dataset.rows if isinstance(train_dataset, RowsWithOffsets) else train_dataset
+        return super()._get_train_sampler(rows)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if columns is not None and OFFSET not in columns:
+            columns.append(OFFSET)
 
     def task_loss(self, model: Any, inputs: dict[str, Tensor | Any]) -> tuple[Tensor, Any]:
         own = self.model
@@ -338,10 +371,7 @@ class RegularizedTrainer(RegularizationMixin):
         if states is None:
             # cache_states is off: the backbone runs at every step, and once before for what the head is fitted to.
             states = pooled_dataset(model, dataset)
-        if self.args.offset_weight and not isinstance(dataset, PooledStates | RowsWithOffsets):
-            offsets = with_offsets(model, self.args, states).offsets
-            if offsets is not None:
-                self.train_dataset = RowsWithOffsets(dataset, offsets)
+        self.offsets = with_offsets(model, self.args, states).offsets
         model.set_standardization(states.pooled, states.labels)
         if self.args.dependence_weight and model.config.num_unintended:
             differences, activations = states.compared

@@ -28,8 +28,9 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
     loss = task loss + penalty_weight · similarity + dependence_weight · dependence, where the task loss is that of
     logits + offset, plus logit_decay · mean squared logit.
 
-    An offset and a logit decay come with the two terms by default, where there are unintended features, the backbone
-    is frozen, the task is no `regression` and labels are not smoothed. With both terms off they are off as well.
+    An offset and a logit decay come with the two terms by default, where there are unintended features whose
+    activations in the texts are known, the backbone is frozen, the task is no `regression` and labels are not
+    smoothed. With both terms off they are off as well.
 
     Args:
         penalty_weight, similarity, dependence_weight, dependence_momentum: see [`RegularizationArguments`].
@@ -58,10 +59,12 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
 
     offset_weight: float | None = field(
         default=None,
-        metadata={"help": "How much of what the features alone say about the label is set aside; 0: off; None: 0.6."},
+        metadata={
+            "help": "How much of what the features say about the label is set aside; 0: off; None: see the docs."
+        },
     )
     logit_decay: float | None = field(
-        default=None, metadata={"help": "Weight of the mean squared logit; 0: off; None: 0.1."}
+        default=None, metadata={"help": "Weight of the mean squared logit; 0: off; None: 0.1 or 0, see the docs."}
     )
     remove_unintended: bool | None = field(
         default=None, metadata={"help": "Remove the features from the hidden states; None: as the model was made."}
@@ -85,6 +88,8 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choice("preference_loss", self.preference_loss, PreferenceLoss)
+        for name in ("offset_weight", "logit_decay"):
+            setattr(self, name, _number(name, getattr(self, name)))
         if not 0 <= (self.offset_weight or 0) <= 1:
             raise ValueError(f"offset_weight={self.offset_weight} must be from 0 to 1")
         if not 0 <= (self.logit_decay or 0) < math.inf:
@@ -101,8 +106,8 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
         # Without an accelerator pinned memory only brings a warning.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
-    def with_numbers(self, task: Task, num_unintended: int, *, can_offset: bool) -> "RegularizedTrainingArguments":
-        """A copy with numbers for the offset and the logit decay.
+    def resolve_defaults(self, task: Task, num_unintended: int, *, can_offset: bool) -> "RegularizedTrainingArguments":
+        """A copy in which offset and logit decay are numbers.
 
         Args:
             task: of the classifier.
@@ -135,3 +140,12 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
         if any(weight < 0 for weight in weights):
             raise ValueError(f"class_weights={given!r} is not known: 'balanced', or a weight a label, none negative")
         return weights
+
+
+def _number(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} is not known: a number, or None") from None

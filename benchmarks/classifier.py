@@ -167,8 +167,10 @@ def path_part(options: argparse.Namespace) -> list[Row]:
     by_trainer: list[float] = []
     chosen = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments(folder, penalty_weight="auto", dependence_weight="auto")
-        numbers = arguments(folder)
+        # What comes beside the terms costs all three alike, once.
+        beside = {"offset_weight": 0.0, "logit_decay": 0.0}
+        args = arguments(folder, penalty_weight="auto", dependence_weight="auto", **beside)
+        numbers = arguments(folder, **beside)
         for _ in range(options.rounds):
             started = time.perf_counter()
             path = weight_path(model, train, args)

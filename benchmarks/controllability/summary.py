@@ -196,7 +196,7 @@ def _head() -> list[str]:
         "paired bootstrap over texts and seeds. Use and dependence are measured against the same features for all "
         "methods of a data set: those chosen by the attribute. `selfreg_random` and `selfreg_offset_random`: as many "
         "features drawn at random, the controls; `Δ random features` is against that of the two which has the same "
-        "settings. "
+        "settings. `selfreg_features`: what selfreg's features say is set aside, and not what the group says. "
         "`balanced`: plain, trained on texts in which label and group have nothing to do with each other.",
     ]
 

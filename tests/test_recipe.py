@@ -29,6 +29,8 @@ def test_defaults() -> None:
     args = RegularizedTrainingArguments("x")
     for name in ("penalty_weight", "similarity", "dependence_weight", "weight_decay", "label_smoothing_factor"):
         assert getattr(classifier, name) == getattr(args, name), name
+    for name in ("offset_weight", "logit_decay"):
+        assert getattr(classifier, name) is getattr(args, name) is None
     # None: as `from_backbone` made the model, whose default is True.
     assert classifier.remove_unintended
     assert args.remove_unintended is None
@@ -56,6 +58,9 @@ def test_defaults() -> None:
         ({"features": {"judge": {"endpoint": "http://x"}}}, "endpoint needs model"),
         ({"baselines": ["plain", "magic"]}, "baseline 'magic' is not known; there are plain, l2, dropout"),
         ({"task": "ranking"}, "task: .*'single_label'"),
+        ({"task": "regression", "classifier": {"logit_decay": 0.1}}, "task regression has no logits; leave it out"),
+        ({"classifier": {"logit_decay": float("inf")}}, "classifier.logit_decay: .*finite"),
+        ({"classifier": {"offset_weight": 1.5}}, "classifier.offset_weight: .*less than or equal to 1"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_mend(changes: dict[str, Any], message: str) -> None:

@@ -169,6 +169,16 @@ def test_without_features_there_is_nothing_to_weigh(tmp_path: Path) -> None:
     assert (resolved.term_weights, path) == ((0.0, 0.0), None)
 
 
+def test_what_comes_beside_the_terms_is_resolved_with_them(tmp_path: Path) -> None:
+    states, model = make_states("single_label"), make_model("single_label")
+    resolved, path = resolve_weights(model, make_args(tmp_path), states)
+    assert (resolved.offset_weight, resolved.logit_decay) == (OFFSET_WEIGHT, LOGIT_DECAY)
+    args = make_args(tmp_path, offset_weight=OFFSET_WEIGHT, logit_decay=LOGIT_DECAY)
+    assert weight_path(model, with_offsets(model, args, states), args) == path
+    without = make_args(tmp_path, offset_weight=0.0, logit_decay=0.0)
+    assert weight_path(model, states, without) != path
+
+
 def test_the_same_seed_gives_the_same_path(tmp_path: Path) -> None:
     states = make_states("preference")
     first, again = (weight_path(make_model("preference"), states, make_args(tmp_path), points=3) for _ in range(2))

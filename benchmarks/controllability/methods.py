@@ -35,12 +35,10 @@ from selfreg.evaluation.tasks import evaluate_pairs
 from selfreg.features.attribute import attribute_strength, has_two_groups
 from selfreg.utils.trainer import StepProgress
 
-_OFF: dict[str, Any] = {"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
 OFFSET = 0.8
-# Each alone is without them; what is kept of them is the default.
-_ALONE: dict[str, Any] = {**_OFF, "offset_weight": 0.0, "logit_decay": 0.0}
-_OFFSET: dict[str, Any] = {**_ALONE, "offset_weight": OFFSET}
 _TERMS: dict[str, Any] = {"offset_weight": 0.0, "logit_decay": 0.0}
+_OFF: dict[str, Any] = {**_TERMS, "penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
+_OFFSET: dict[str, Any] = {**_OFF, "offset_weight": OFFSET}
 SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg": ("attribute", {}),
     "selfreg_keywords": ("keywords", {}),
@@ -49,10 +47,10 @@ SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg_offset_keywords": ("keywords", _OFFSET),
     "selfreg_offset_random": ("random", _OFFSET),
     "selfreg_features": ("attribute:features", {}),
-    "removal_only": ("attribute", {**_ALONE, "remove_unintended": True}),
-    "penalty_only": ("attribute", {k: v for k, v in _ALONE.items() if k != "penalty_weight"}),
-    "dependence_only": ("attribute", {k: v for k, v in _ALONE.items() if k != "dependence_weight"}),
-    "decay_only": ("attribute", {**_ALONE, "logit_decay": LOGIT_DECAY}),
+    "removal_only": ("attribute", {**_OFF, "remove_unintended": True}),
+    "penalty_only": ("attribute", {k: v for k, v in _OFF.items() if k != "penalty_weight"}),
+    "dependence_only": ("attribute", {k: v for k, v in _OFF.items() if k != "dependence_weight"}),
+    "decay_only": ("attribute", {**_OFF, "logit_decay": LOGIT_DECAY}),
 }
 """Which features, and what differs from selfreg's defaults."""
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,9 +66,6 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "terms_decay": ("attribute", {"offset_weight": 0.0}),
     "terms_offset": ("attribute", {"logit_decay": 0.0}),
     "no_dependence": ("attribute", {"dependence_weight": 0.0}),
-    "dependence_1": ("attribute", {"dependence_weight": 1.0}),
-    "decay_30": ("attribute", {"logit_decay": 0.3}),
-    "offset_terms_40": ("attribute", {"offset_weight": 0.4}),
     "offset_terms_80": ("attribute", {"offset_weight": 0.8}),
     "no_removal": ("attribute", {"remove_unintended": False}),
     "smoothing_10": ("attribute", {"label_smoothing_factor": 0.1}),
@@ -83,12 +78,12 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "pooling_last": ("attribute", {}),
     "removal_topk": ("attribute", {}),
     "sae_finetuned": ("attribute", {}),
-    "offset_70": ("attribute", {**_ALONE, "offset_weight": 0.7}),
-    "offset_90": ("attribute", {**_ALONE, "offset_weight": 0.9}),
-    "offset_100": ("attribute", {**_ALONE, "offset_weight": 1.0}),
-    "offset_70_keywords": ("keywords", {**_ALONE, "offset_weight": 0.7}),
-    "offset_90_keywords": ("keywords", {**_ALONE, "offset_weight": 0.9}),
-    "offset_100_keywords": ("keywords", {**_ALONE, "offset_weight": 1.0}),
+    "offset_70": ("attribute", {**_OFF, "offset_weight": 0.7}),
+    "offset_90": ("attribute", {**_OFF, "offset_weight": 0.9}),
+    "offset_100": ("attribute", {**_OFF, "offset_weight": 1.0}),
+    "offset_70_keywords": ("keywords", {**_OFF, "offset_weight": 0.7}),
+    "offset_90_keywords": ("keywords", {**_OFF, "offset_weight": 0.9}),
+    "offset_100_keywords": ("keywords", {**_OFF, "offset_weight": 1.0}),
 }
 """One thing changed in selfreg each; computed where they are asked for with --methods."""
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")

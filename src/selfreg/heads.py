@@ -35,8 +35,11 @@ from selfreg.utils.trainer import StepProgress
 logger = logging.getLogger(__name__)
 
 _OFF = {
-    **{"penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False},
-    **{"offset_weight": 0.0, "logit_decay": 0.0},
+    "penalty_weight": 0.0,
+    "dependence_weight": 0.0,
+    "remove_unintended": False,
+    "offset_weight": 0.0,
+    "logit_decay": 0.0,
 }
 # Each of the parts of selfreg by itself.
 _PARTS: dict[str, dict[str, Any]] = {

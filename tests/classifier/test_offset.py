@@ -163,11 +163,9 @@ def test_the_head_leaves_to_the_features_what_they_say(tmp_path: Path) -> None:
 
 def test_what_it_needs(tmp_path: Path) -> None:
     for name in ("offset_weight", "logit_decay"):
-        for value in (-1, True, float("nan")):
-            with pytest.raises(ValueError, match=f"{name}=.* must be"):
+        for value in (-1, True, float("nan"), float("inf"), "much"):
+            with pytest.raises(ValueError, match=f"{name}={value!r} must be a number from 0"):
                 RegularizedTrainingArguments(str(tmp_path), **{name: value})  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"{name}='much' is not known"):
-            RegularizedTrainingArguments(str(tmp_path), **{name: "much"})  # type: ignore[arg-type]
         given = HfArgumentParser(RegularizedTrainingArguments).parse_dict({"output_dir": str(tmp_path), name: "0.3"})
         assert getattr(given[0], name) == 0.3
 

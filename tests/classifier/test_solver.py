@@ -11,8 +11,9 @@ from torch import Tensor
 
 from path_helpers import FEATURES, TASKS, make_model, make_states
 from selfreg import RegularizedTrainingArguments
+from selfreg.classifier.head_terms import HeadTerms
 from selfreg.classifier.path import fitted_regularizer
-from selfreg.classifier.solver import SMOOTHING, HeadProblem, _Terms, solve_head
+from selfreg.classifier.solver import SMOOTHING, HeadProblem, solve_head
 from selfreg.classifier.tasks import squared_logits, task_loss
 from selfreg.classifier.terms import Regularizer
 
@@ -57,7 +58,7 @@ def test_the_gradient_is_that_of_the_value(task: str, similarity: str, tmp_path:
     # In float64, as differences need.
     model.double()
     problem = HeadProblem(model, states, logit_decay=decay_of(task))
-    terms = _Terms(make_terms(tmp_path, model, states, 0.7, 3.0, similarity), 0.1)
+    terms = HeadTerms(make_terms(tmp_path, model, states, 0.7, 3.0, similarity), 0.1)
     shape = model.score.weight.shape
 
     def value(vector: Any) -> float:

@@ -350,8 +350,7 @@ def test_decay_is_added_in_training_alone_and_knows_no_offset(
     ]
     states = trainers[0].train_dataset
     assert isinstance(states, PooledStates)
-    columns = 1 if task == "preference" else 3
-    batch = {**states.columns(), "offset": torch.randn(len(rows), 2 if columns == 1 else columns)}
+    batch = {**states.columns(), "offset": torch.randn(len(rows), 2 if task == "preference" else 3)}
     for training, weight in ((True, 0.5), (False, 0.0)):
         model.train(training)
         without, decayed = (trainer.task_loss(model, dict(batch))[0] for trainer in trainers)

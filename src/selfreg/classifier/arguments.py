@@ -79,13 +79,18 @@ class RegularizationArguments:
         return self.penalty_weight, self.dependence_weight  # type: ignore[return-value]
 
 
+def number_of(value: Any) -> float:
+    """A number as a command line or a mapping gives it; NaN for what is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def _weight(name: str, value: Any) -> Any:
     if value == AUTO:
         return AUTO
-    try:
-        weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
+    weight = number_of(value)
     if not math.isfinite(weight):
         raise ValueError(f"{name}={value!r} is not known: a finite number, or 'auto'")
     if weight < 0:

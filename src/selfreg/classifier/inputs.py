@@ -133,14 +133,9 @@ def label_weights(
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def check_decay(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier) -> None:
-    """Raises ValueError where logits are to be kept small, and the task has none."""
-    if args.logit_decay and model.task == "regression":
-        raise ValueError(f"logit_decay={args.logit_decay} would have no effect here: task 'regression' has no logits")
-
-
-def check_smoothing(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier) -> None:
-    """Raises ValueError where targets are to be softened, and the task has no labels."""
-    given = args.label_smoothing_factor
-    if given and model.task == "regression":
-        raise ValueError(f"label_smoothing_factor={given} would have no effect here: task 'regression' has no labels")
+def check_logits(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier) -> None:
+    """Raises ValueError where logits are to be kept small, or targets softened, and the task has neither."""
+    for name, what in (("logit_decay", "logits"), ("label_smoothing_factor", "labels")):
+        given = getattr(args, name)
+        if given and model.task == "regression":
+            raise ValueError(f"{name}={given} would have no effect here: task 'regression' has no {what}")

@@ -83,7 +83,6 @@ def unintended_offsets(task: Task, states: PooledStates, *, seed: int = 0) -> Te
         `single_label` `[N, L]` log-probabilities and `multi_label` `[N, L]` log odds, both less those of the label
         alone, which the head's bias is for; L up to the last label that occurs. `regression` `[N, 1]`: prediction less
         the mean; pairs `[N, 2]`: the log odds of the chosen side and 0.
-
     """
     z_NK = _components(states.compared[1].double().numpy(), symmetric=task == "preference")
     labels = states.labels.numpy()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selfreg.classifier.arguments import AUTO
-from selfreg.classifier.inputs import check_decay, check_smoothing, label_weights
+from selfreg.classifier.inputs import check_logits, label_weights
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.offset import with_offsets
 from selfreg.classifier.penalty import dependence_directions
@@ -203,8 +203,7 @@ def _solve_path(
     ridge: float | None,
     measure: Measure | None,
 ) -> WeightPath:
-    check_smoothing(args, model)
-    check_decay(args, model)
+    check_logits(args, model)
     regularizer = fitted_regularizer(model, train, _with(args, dict.fromkeys(auto, 0.0)))
     loss = _Loss(label_weights(args, train.labels, model), args.preference_loss)  # type: ignore[arg-type]
     problem = HeadProblem(

@@ -79,6 +79,32 @@ class OffsetCollator:
         return {**batch, "offset": offsets}
 
 
+def beside_offsets(dataset: Any, collator: Any, offsets: Tensor) -> tuple[Any, Any]:
+    """The data set and its collator with offsets, neither of which need know of them."""
+    if isinstance(dataset, PooledStates):
+        return replace(dataset, offsets=offsets), collator
+    return RowsWithOffsets(dataset, offsets), OffsetCollator(collator)
+
+
+def check_offset(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier, dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: there is an offset, and states move or the features' activations are not known.
+    """
+    if not args.offset_weight:
+        return
+    if not model.backbone_is_frozen:
+        raise ValueError(
+            f"offset_weight={args.offset_weight} needs states that stay as they are: train no adapter, or set "
+            "offset_weight=0"
+        )
+    if not knows_features(dataset):
+        raise ValueError(
+            f"offset_weight={args.offset_weight} needs the features' activations: rows of pooled states with "
+            "'unintended_activations', or a PooledStates, which model.pooled_states makes"
+        )
+
+
 def knows_features(dataset: Any) -> bool:
     """Whether the features' activations in each text of a training set are there, or can be worked out."""
     if dataset is None or isinstance(dataset, PooledStates):

@@ -27,13 +27,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from selfreg.activations.prompt import check_choice
+from selfreg.classifier.head_terms import HeadTerms
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
-from selfreg.classifier.penalty import dependence_term
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import PreferenceLoss, squared_logits, task_loss, text_weights, weighted_mean
 from selfreg.classifier.terms import Regularizer
@@ -161,14 +160,14 @@ class HeadProblem:
         if not ridge > 0:
             raise ValueError(f"ridge={ridge} must be more than 0: texts that are told apart perfectly have no optimum")
         score = self.model.score
-        terms = _Terms(regularizer, ridge)
+        terms = HeadTerms(regularizer, ridge)
         weight = torch.zeros(score.weight.shape, dtype=torch.float64) if start is None else start.cpu().double()
         bias = torch.zeros(len(weight), dtype=torch.float64) if start_bias is None else start_bias.cpu().double()
         iterations = 0
         if start is None and terms.scale_free:
             # At weights of zero these similarities jump; nothing leads down from there.
             weight, bias, iterations, _ = self._minimize(
-                weight, bias, _Terms(None, ridge), 0.0, tolerance, max_iterations
+                weight, bias, HeadTerms(None, ridge), 0.0, tolerance, max_iterations
             )
         # To the full tolerance each: with looser ones before the last, that one took more than they had saved.
         *on_the_way, last = smoothing if terms.absolute else (0.0,)
@@ -184,7 +183,7 @@ class HeadProblem:
         return SolvedHead(score.weight.detach().clone(), score.bias.detach().clone(), loss, iterations, converged)
 
     def value(
-        self, weight_LD: Tensor, bias_L: Tensor, terms: "_Terms", smoothing: float
+        self, weight_LD: Tensor, bias_L: Tensor, terms: "HeadTerms", smoothing: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The objective and its gradients by weight and bias; float64, but for the products with the states."""
         rows = self._rows_RD
@@ -211,18 +210,13 @@ class HeadProblem:
 
     def _task_loss(self, scores_RL: Tensor) -> Tensor:
         model, states = self.model, self.states
-        if model.task == "regression":
-            scores_RL = scores_RL * model.target_scale.cpu() + model.target_mean.cpu()
-        elif self.compares:
-            scores_RL = torch.cat([scores_RL, torch.zeros_like(scores_RL)], dim=1)
-        elif model.task == "preference":
-            scores_RL = scores_RL.reshape(-1, 2)
+        logits = self._logits(scores_RL)
         if states.offsets is not None:
-            scores_RL = scores_RL + states.offsets.double()
+            logits = logits + states.offsets.double()
         scale = model.loss_scale
         return task_loss(
             model.task,
-            scores_RL,
+            logits,
             states.labels,
             sample_weights=states.weights,
             label_weights=self.label_weights,
@@ -232,14 +226,18 @@ class HeadProblem:
             label_smoothing=self.label_smoothing,
         )
 
+    def _logits(self, scores_RL: Tensor) -> Tensor:
+        """As the loss takes them: of pairs one row, of a regression in the target's own units."""
+        if self.model.task == "regression":
+            return scores_RL * self.model.target_scale.cpu() + self.model.target_mean.cpu()
+        if self.compares:
+            return torch.cat([scores_RL, torch.zeros_like(scores_RL)], dim=1)
+        return scores_RL.reshape(-1, 2) if self.model.task == "preference" else scores_RL
+
     def _decayed(self, scores_RL: Tensor) -> Tensor:
         """The mean squared logit."""
         task, states = self.model.task, self.states
-        if self.compares:
-            scores_RL = torch.cat([scores_RL, torch.zeros_like(scores_RL)], dim=1)
-        elif task == "preference":
-            scores_RL = scores_RL.reshape(-1, 2)
-        squares_N = squared_logits(task, scores_RL, preference_loss=self.preference_loss)
+        squares_N = squared_logits(task, self._logits(scores_RL), preference_loss=self.preference_loss)
         weights_N = text_weights(task, states.labels, states.weights, self.label_weights).to(squares_N)
         return weighted_mean(squares_N, weights_N, None)
 
@@ -247,7 +245,7 @@ class HeadProblem:
         self,
         weight: Tensor,
         bias: Tensor,
-        terms: "_Terms",
+        terms: "HeadTerms",
         smoothing: float,
         tolerance: float,
         max_iterations: int,
@@ -267,7 +265,7 @@ class HeadProblem:
         self,
         weight: Tensor,
         bias: Tensor,
-        terms: "_Terms",
+        terms: "HeadTerms",
         smoothing: float,
         tolerance: float,
         max_iterations: int,
@@ -302,7 +300,7 @@ class HeadProblem:
         # A line search that float32 products leave nothing to go by has also arrived, where the gradient says so.
         return weight, bias, int(result.nit), bool(result.success or np.abs(result.jac).max() <= 10 * tolerance)
 
-    def _factor(self, weight: Tensor, bias: Tensor, terms: "_Terms", smoothing: float) -> Tensor:
+    def _factor(self, weight: Tensor, bias: Tensor, terms: "HeadTerms", smoothing: float) -> Tensor:
         """Cholesky factor `[D, D]`, lower, of the estimated curvature at `weight`, averaged over logits."""
         curvature = self._task_curvature(weight.to(self._rows_RD), bias.to(self._rows_RD)).clone()
         curvature += terms.curvature(weight, smoothing)
@@ -338,75 +336,3 @@ class HeadProblem:
             sides = len(self._rows_RD) // len(weights)
             bend_S = bend_S * (weights / weights.mean()).repeat_interleave(sides)[self._every].to(bend_S)
         return bend_S
-
-
-class _Terms:
-    """penalty, dependence and ridge as one function of the weights, in float64."""
-
-    def __init__(self, regularizer: Regularizer | None, ridge: float) -> None:
-        self.ridge = ridge
-        self.penalty_weight = self.dependence_weight = 0.0
-        self.similarity = ""
-        self.mask: Tensor | None = None
-        self.directions: list[Tensor] = []
-        if regularizer is not None:
-            self.regularizer = regularizer
-            self.similarity = regularizer.similarity
-            self.mask = None if regularizer.mask is None else regularizer.mask.cpu().double()
-            self.directions = [rows.cpu().double() for rows in regularizer.directions]
-            self.dependence_UD = regularizer.dependence_directions.cpu().double()
-            self.penalty_weight = 0.0 if regularizer.empty else regularizer.penalty_weight
-            self.dependence_weight = regularizer.dependence_weight if len(self.dependence_UD) else 0.0
-
-    @property
-    def scale_free(self) -> bool:
-        return self.penalty_weight > 0 and self.similarity in ("cosine", "subspace")
-
-    @property
-    def absolute(self) -> bool:
-        return self.penalty_weight > 0 and self.similarity != "subspace"
-
-    def __call__(self, weight_LD: Tensor, smoothing: float) -> Tensor:
-        value = self.ridge / 2 * weight_LD.pow(2).sum()
-        if self.penalty_weight:
-            value = value + self.penalty_weight * self._similarity(weight_LD, smoothing)
-        if self.dependence_weight:
-            value = value + self.dependence_weight * dependence_term(weight_LD, self.dependence_UD, self.mask)
-        return value
-
-    def _similarity(self, weight_LD: Tensor, smoothing: float) -> Tensor:
-        if self.similarity == "subspace":
-            return self.regularizer(weight_LD)[0]
-        if self.similarity == "cosine":
-            weight_LD = F.normalize(weight_LD, dim=1)
-        along_LU = weight_LD @ self.directions[0].T
-        # |x| itself at 0, where the square root has no derivative.
-        size_LU = along_LU.abs() if smoothing == 0 else (along_LU.pow(2) + smoothing**2).sqrt() - smoothing
-        return (size_LU * self._share(size_LU)).sum()
-
-    def _share(self, values_LU: Tensor) -> Tensor:
-        """The weight of each pair of logit and feature in a mean over those that count."""
-        if self.mask is None:
-            return torch.full_like(values_LU, 1 / values_LU.numel())
-        return self.mask / self.mask.sum().clamp_min(1)
-
-    def curvature(self, weight_LD: Tensor, smoothing: float) -> Tensor:
-        """Estimate of the second derivative by the weights of a logit, averaged over logits: `[D, D]`."""
-        labels, width = weight_LD.shape
-        total = self.ridge * torch.eye(width, dtype=weight_LD.dtype)
-        length_L = weight_LD.norm(dim=1, keepdim=True).clamp_min(smoothing or 1e-4)
-        if self.penalty_weight and self.similarity == "subspace":
-            scale = 2 * self.penalty_weight / labels / float(length_L.mean()) ** 2 / len(self.directions)
-            total += scale * sum(rows.T @ rows for rows in self.directions)
-        elif self.penalty_weight:
-            along_LU = weight_LD @ self.directions[0].T
-            if self.similarity == "cosine":
-                along_LU = along_LU / length_L
-            bend_LU = self._share(along_LU) / (along_LU.pow(2) + smoothing**2).sqrt()
-            if self.similarity == "cosine":
-                bend_LU = bend_LU / length_L.pow(2)
-            total += self.penalty_weight * (self.directions[0].T * bend_LU.mean(dim=0)) @ self.directions[0]
-        if self.dependence_weight:
-            share_U = self._share(weight_LD @ self.dependence_UD.T).mean(dim=0)
-            total += 2 * self.dependence_weight * (self.dependence_UD.T * share_U) @ self.dependence_UD
-        return total

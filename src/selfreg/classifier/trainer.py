@@ -4,7 +4,6 @@ import copy
 import logging
 import shutil
 from collections.abc import Sized
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +18,9 @@ from selfreg.classifier.checkpoint import BACKBONE_PREFIX, check_saved_whole
 from selfreg.classifier.collator import ClassifierCollator, pooled_dataset
 from selfreg.classifier.inputs import (
     check_dataset,
-    check_decay,
+    check_logits,
     check_margins,
     check_removal,
-    check_smoothing,
     label_weights,
     mean_weight,
 )
@@ -35,8 +33,9 @@ from selfreg.classifier.preparation import (
     OFFSET,
     OWN_UNUSED,
     STOCK_UNUSED,
-    OffsetCollator,
     RowsWithOffsets,
+    beside_offsets,
+    check_offset,
     chosen_weights,
     knows_features,
     refuse_unused,
@@ -130,23 +129,13 @@ class RegularizedTrainer(RegularizationMixin):
             refuse_unused(args, kwargs, OWN_UNUSED)
             can_offset = model.backbone_is_frozen and knows_features(train_dataset)
             args = args.resolve_defaults(model.task, model.config.num_unintended, can_offset=can_offset)
-            check_decay(args, model)
+            check_offset(args, model, train_dataset)
             if args.offset_weight or args.logit_decay:
                 logger.info("offset_weight=%g, logit_decay=%g", args.offset_weight, args.logit_decay)
             self._label_weights = label_weights(args, labels, model)
-            check_smoothing(args, model)
+            check_logits(args, model)
             if labels is not None:
                 self.mean_weight = mean_weight(train_dataset, labels, self._label_weights, model)
-            if args.offset_weight and not model.backbone_is_frozen:
-                raise ValueError(
-                    f"offset_weight={args.offset_weight} needs states that stay as they are: train no adapter, or set "
-                    "offset_weight=0"
-                )
-            if args.offset_weight and not knows_features(train_dataset):
-                raise ValueError(
-                    f"offset_weight={args.offset_weight} needs the features' activations: rows of pooled states with "
-                    "'unintended_activations', or a PooledStates, which model.pooled_states makes"
-                )
             if is_sharded(model) and (fsdp_asked(args) or not cached):
                 raise ValueError(
                     "the extractor was sharded, which is for states that are cached (cache_states=True, no adapter, "
@@ -201,7 +190,8 @@ class RegularizedTrainer(RegularizationMixin):
         if own and batches and world > 1 and self.accelerator.gradient_state.end_of_dataloader:
             labels = batches[-1]["labels"]
             # Not accelerate's own remainder, which is not known where an epoch is taken up in its middle.
-            left = len(cast("Sized", self.train_dataset)) % (len(labels) * world)
+            whole = self._train_batch_size * (1 if self.accelerator.split_batches else world)
+            left = len(cast("Sized", self.train_dataset)) % whole
             if left and not self.args.dataloader_drop_last:
                 counts = counts_of_last(len(labels), left, self.args.process_index, world)
                 batches[-1] = {**batches[-1], COUNTS: counts.to(labels.device)}
@@ -212,10 +202,7 @@ class RegularizedTrainer(RegularizationMixin):
         given, collator = self.train_dataset, self.data_collator
         if self.offsets is None or getattr(given, "offsets", None) is not None:
             return super().get_train_dataloader()
-        if isinstance(given, PooledStates):
-            self.train_dataset = replace(given, offsets=self.offsets)
-        else:
-            self.train_dataset, self.data_collator = RowsWithOffsets(given, self.offsets), OffsetCollator(collator)
+        self.train_dataset, self.data_collator = beside_offsets(given, collator, self.offsets)
         try:
             return super().get_train_dataloader()
         finally:

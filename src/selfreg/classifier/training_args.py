@@ -1,7 +1,7 @@
 """Arguments of classifier training."""
 
 import copy
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from selfreg.activations.prompt import check_choice
-from selfreg.classifier.arguments import RegularizationArguments
+from selfreg.classifier.arguments import RegularizationArguments, number_of
 from selfreg.classifier.tasks import PreferenceLoss, Task
 
 OFFSET_WEIGHT, LOGIT_DECAY = 0.6, 0.1
@@ -88,12 +88,12 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choice("preference_loss", self.preference_loss, PreferenceLoss)
-        for name in ("offset_weight", "logit_decay"):
-            setattr(self, name, _number(name, getattr(self, name)))
-        if not 0 <= (self.offset_weight or 0) <= 1:
-            raise ValueError(f"offset_weight={self.offset_weight} must be from 0 to 1")
-        if not 0 <= (self.logit_decay or 0) < math.inf:
-            raise ValueError(f"logit_decay={self.logit_decay} must be 0 or more")
+        for name, most in (("offset_weight", 1.0), ("logit_decay", sys.float_info.max)):
+            given = getattr(self, name)
+            if given is not None:
+                setattr(self, name, number_of(given))
+                if not 0 <= getattr(self, name) <= most:
+                    raise ValueError(f"{name}={given!r} must be a number from 0" + " to 1" * (most == 1))
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} must be from 0 to below 1")
         if self.label_smoothing_factor and self.offset_weight:
@@ -140,12 +140,3 @@ class RegularizedTrainingArguments(RegularizationArguments, TrainingArguments):
         if any(weight < 0 for weight in weights):
             raise ValueError(f"class_weights={given!r} is not known: 'balanced', or a weight a label, none negative")
         return weights
-
-
-def _number(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        return math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} is not known: a number, or None") from None

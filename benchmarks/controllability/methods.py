@@ -6,6 +6,7 @@ to tell the group (`attribute`), or, where none does, those of the keywords.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.controllability.forms import FORMS
 from benchmarks.controllability.pool import Pool, Rows
 from benchmarks.controllability.states import MAX_FEATURES, Activations, Workshop
 from torch import Tensor
@@ -71,6 +73,9 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "smoothing_10": ("attribute", {"label_smoothing_factor": 0.1}),
     "smoothing_20": ("attribute", {"label_smoothing_factor": 0.2}),
     "no_weight_decay": ("attribute", {"weight_decay": 0.0}),
+    "weight_decay_5": ("attribute", {"weight_decay": 5.0}),
+    "weight_decay_10": ("attribute", {"weight_decay": 10.0}),
+    **{name: ("attribute", {}) for name in FORMS},
     "auto": ("attribute", {"penalty_weight": "auto", "dependence_weight": "auto"}),
     "features_10": ("attribute:10", {}),
     "features_30": ("attribute:30", {}),
@@ -88,9 +93,15 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 """One thing changed in selfreg each; computed where they are asked for with --methods."""
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")
 PLAIN_LAST = "plain_pooling_last"
+BALANCED = {"balanced": "plain", "balanced_smoothing": "label_smoothing", "balanced_l2": "l2"}
+"""Baselines that are trained on balanced texts."""
+ORACLES = {f"oracle_{round(100 * share)}": share for share in (0.25, 0.5, 0.75, 1.0)}
+"""`balanced_l2`, told the group of every text it judges: to its logits comes this share of log p(label | group) of the
+tied training set. Nobody has that; it is the exchange of the worst group for the score under the tie, as it would be
+with all that balanced texts teach of the task."""
 METHODS = (
     *(*SELFREG, *ABLATIONS, PLAIN_LAST, *BASELINES),
-    *("scrubbing", "tfidf", "zero_shot", "balanced", "balanced_smoothing"),
+    *("scrubbing", "tfidf", "zero_shot", *BALANCED, *ORACLES),
 )
 ZERO_SHOT_TEXTS = 60
 """Of each eval set, drawn once: a prompt costs as much as a hundred trainings of a head."""
@@ -255,12 +266,10 @@ class Trial:
         if method == PLAIN_LAST:
             train = self.states(self.rows.train, self.measure, None, method)
             return self._head(self._baseline("plain", train, self.rows.train), method=method)
-        if method in ("balanced", "balanced_smoothing"):
-            if self.rows.balanced is None:
-                raise DoesNotApply("the pool has too few texts of some cell to balance it")
-            train = self.states(self.rows.balanced, self.measure, None)
-            name = "plain" if method == "balanced" else "label_smoothing"
-            return self._head(self._baseline(name, train, self.rows.balanced))
+        if method in BALANCED:
+            return self._head(self._balanced(BALANCED[method]))
+        if method in ORACLES:
+            return self._oracle(ORACLES[method])
         return {"scrubbing": self._scrubbing, "tfidf": self._tfidf, "zero_shot": self._zero_shot}[method]()
 
     def _selfreg(self, method: str) -> dict[str, Scores]:
@@ -287,16 +296,50 @@ class Trial:
             groups = [self.pool.group[row] for row in self.rows.train]
             offsets = attribute_offsets(train.labels.tolist(), groups, len(self.pool.labels))
             train = replace(train, offsets=args.offset_weight * offsets)
+        if method in FORMS:
+            train = self._with_form(method, train, unintended)
         model = self.classifier(unintended, bool(args.remove_unintended))
         return self._head(
             fit_head(method, model, args, train, callbacks=[StepProgress(method)]), removed, method=method
         )
+
+    def _with_form(self, method: str, train: PooledStates, unintended: UnintendedFeatures) -> PooledStates:
+        """States whose activations are what the dependence is measured on; the offset is there already."""
+        groups = [self.pool.group[row] for row in self.rows.train]
+        if self.pairs or train.offsets is None:
+            raise DoesNotApply("forms of the dependence term are told apart beside the group's own offset")
+        means = self._of_texts(self.activations.means, self.rows.train)[..., unintended.feature_ids]
+        return replace(train, activations=FORMS[method](train, means, groups).float())
 
     @cached_property
     def finetuned(self) -> tuple[SAEForFeatureExtraction, Activations]:
         """The SAE fine-tuned on the training texts of the data set, and its activations."""
         tuned = self.workshop.finetuned(self.pool, self.sae)
         return tuned, self.workshop.activations(self.pool.corpus, tuned)
+
+    def _balanced(self, baseline: str) -> FittedHead:
+        if self.rows.balanced is None:
+            raise DoesNotApply("the pool has too few texts of some cell to balance it")
+        return self._baseline(baseline, self.states(self.rows.balanced, self.measure, None), self.rows.balanced)
+
+    def _oracle(self, share: float) -> dict[str, Scores]:
+        """See `ORACLES`."""
+        if self.pairs or self.pool.kind not in ("planted", "tie"):
+            raise DoesNotApply("there is no tie")
+        head, odds = self._balanced("l2"), self._log_shares()
+        logits = {}
+        for name, rows in self.rows.evals.items():
+            known = np.stack([odds[self.pool.group[row]] for row in rows])
+            logits[name] = head.logits(self.states(rows, self.measure, None)).double().numpy() + share * known
+        return self._of_text_model(logits, self.rows.evals)
+
+    def _log_shares(self) -> dict[Any, Any]:
+        """log p(label | group) of the training set, half a text added to each; 0 for texts of no known group."""
+        size = len(self.pool.labels)
+        counts: dict[Any, Any] = {self.pool.group[row]: np.full(size, 0.5) for row in self.rows.train}
+        for row in self.rows.train:
+            counts[self.pool.group[row]][self.pool.label[row]] += 1
+        return {**{group: np.log(own / own.sum()) for group, own in counts.items()}, None: np.zeros(size)}
 
     def _baseline(self, method: str, train: PooledStates, rows: list[int]) -> FittedHead:
         if method == "projection" and not len(self.choices["attribute"]):
@@ -340,8 +383,9 @@ class Trial:
         if self.pairs:
             right = logits[:, 0] > logits[:, 1]
             return Scores(rows, right, 1 - right.astype(int), figures)
-        predicted = logits.argmax(axis=1)
-        return Scores(rows, predicted == np.array([self.pool.label[row] for row in rows]), predicted, figures)
+        predicted, labels = logits.argmax(axis=1), np.array([self.pool.label[row] for row in rows])
+        within = auc_within_groups(logits, labels, [self.pool.group[row] for row in rows])
+        return Scores(rows, predicted == labels, predicted, {**figures, "auc_within_groups": within})
 
     def _with_consistency(self, scores: dict[str, Scores], name: str) -> dict[str, float | None]:
         """Figures of an eval set; of edited texts also the share of verdicts that stay as they were."""
@@ -425,6 +469,33 @@ class Trial:
             found = zero_shot_logits(chat, texts, self.pool.labels, **options)
         place = {row: i for i, row in enumerate(wanted)}
         return self._of_text_model({name: found[[place[row] for row in own]] for name, own in rows.items()}, rows)
+
+
+def auc_within_groups(logits: Any, labels: Any, groups: Sequence[Any]) -> float | None:
+    """How well the labels are told apart among texts of one group, whatever the head makes of the group itself.
+
+    Args:
+        logits: `[n, L]`.
+        labels: `[n]`.
+        groups: of each text; those of unknown group are left out.
+
+    Returns:
+        The AUC of each label's log probability against the rest, averaged over labels and groups; None where no group
+        has two labels.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    # exp does not overflow below 0.
+    logits = logits - logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    found = []
+    for group in sorted({group for group in groups if group is not None}, key=str):
+        own = np.array([other == group for other in groups])
+        for label in np.unique(labels[own]):
+            is_label = labels[own] == label
+            if not is_label.all():
+                found.append(float(roc_auc_score(is_label, log_p[own, label])))
+    return float(np.mean(found)) if found else None
 
 
 def _first(sae: SAEForFeatureExtraction, features: UnintendedFeatures, count: int) -> UnintendedFeatures:

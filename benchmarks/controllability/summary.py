@@ -197,7 +197,11 @@ def _head() -> list[str]:
         "methods of a data set: those chosen by the attribute. `selfreg_random` and `selfreg_offset_random`: as many "
         "features drawn at random, the controls; `Δ random features` is against that of the two which has the same "
         "settings. `selfreg_features`: what selfreg's features say is set aside, and not what the group says. "
-        "`balanced`: plain, trained on texts in which label and group have nothing to do with each other.",
+        "`balanced`: plain, trained on texts in which label and group have nothing to do with each other; `balanced_l2` "
+        "with weight decay. `oracle_50`: that, told the group of every text it judges, of whose log p(label | group) in "
+        "the training set it gets 50 %: what the worst group costs where the tie holds if nothing of the task is "
+        "missed. `AUC within groups`: how well labels are told apart among texts of one group, whatever is made of the "
+        "group itself.",
     ]
 
 
@@ -257,7 +261,8 @@ def _table(part: Results) -> list[str]:
     header += [f"Δ {score}, {name}" for name in shifts]
     has_groups = any(own[worst]["worst_group_accuracy"] for own in part["methods"].values())
     if has_groups:
-        header += [f"worst group, {worst}", f"Δ worst group, {worst}", "the same, Δ random features", "leakage, test"]
+        header += [f"worst group, {worst}", f"Δ worst group, {worst}", "the same, Δ random features"]
+        header += [f"AUC within groups, {worst}", "leakage, test"]
     header += ["use, test", "dependence, test"]
     if any("consistency" in own[worst] for own in part["methods"].values()):
         header.append(f"verdicts that stay, {worst}")
@@ -272,6 +277,7 @@ def _table(part: Results) -> list[str]:
         if has_groups:
             row += [_number(own[worst]["worst_group_accuracy"]), _delta(own[worst], "worst_group_accuracy")]
             row.append(_difference(own[worst].get(f"against_{control(method)}", {}).get("worst_group_accuracy")))
+            row.append(_number(own[worst].get("auc_within_groups")))
             row.append(_number(own["test"]["leakage"]))
         row += [_number(own["test"]["unintended_use"], 4), _number(own["test"]["unintended_dependence"])]
         if header[-1].startswith("verdicts"):

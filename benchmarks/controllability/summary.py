@@ -194,14 +194,14 @@ def _head() -> list[str]:
     return [
         "Mean ± standard deviation over seeds. `Δ` against plain on the same texts, with a 95 % interval of the "
         "paired bootstrap over texts and seeds. Use and dependence are measured against the same features for all "
-        "methods of a data set: those chosen by the attribute. `selfreg_random` and `selfreg_offset_random`: as many "
-        "features drawn at random, the controls; `Δ random features` is against that of the two which has the same "
-        "settings. `selfreg_features`: what selfreg's features say is set aside, and not what the group says. "
-        "`balanced`: plain, trained on texts in which label and group have nothing to do with each other; `balanced_l2` "
-        "with weight decay. `oracle_50`: that, told the group of every text it judges, of whose log p(label | group) in "
-        "the training set it gets 50 %: what the worst group costs where the tie holds if nothing of the task is "
-        "missed. `AUC within groups`: how well labels are told apart among texts of one group, whatever is made of the "
-        "group itself.",
+        "methods of a data set: those chosen by the attribute. `selfreg_random` and `selfreg_offset_random`: as "
+        "many features drawn at random, the controls; `Δ random features` is against that of the two which has "
+        "the same settings. `selfreg_features`: what selfreg's features say is set aside, and not what the group "
+        "says. `balanced`: plain, trained on texts in which label and group have nothing to do with each other; "
+        "`balanced_l2` with weight decay. `oracle_50`: that, told the group of every text it judges, of whose log "
+        "p(label | group) in the training set it gets 50 %: what the worst group costs where the tie holds if "
+        "nothing of the task is missed. `AUC within groups`: how well labels are told apart among texts of one "
+        "group, whatever is made of the group itself.",
     ]
 
 

@@ -12,7 +12,8 @@ from benchmarks.controllability import datasets, run
 from benchmarks.controllability.bootstrap import Unit, compare, f1, value, worst_group_accuracy
 from benchmarks.controllability.datasets import DATASETS
 from benchmarks.controllability.figures import front, picture
-from benchmarks.controllability.methods import DoesNotApply, Trial, conversations
+from benchmarks.controllability.forms import FORMS
+from benchmarks.controllability.methods import DoesNotApply, Trial, auc_within_groups, conversations
 from benchmarks.controllability.pool import Cells, Corpus, Pool, Rows, cells_of, even, folded, generator, tied
 from benchmarks.controllability.run import Options
 from benchmarks.controllability.states import (
@@ -32,6 +33,7 @@ from selfreg import (
     SAEForFeatureExtraction,
     UnintendedFeatures,
 )
+from selfreg.classifier.states import PooledStates
 from selfreg.evaluation.metrics import worst_group_accuracy as its_worst_group_accuracy
 from selfreg.features.chat import Choice
 
@@ -418,6 +420,101 @@ def test_pairs_are_compared_side_by_side(sae: SAEForFeatureExtraction, store: Ac
         assert result["figures"]["test"]["f1"] is None
     with pytest.raises(DoesNotApply, match="balance"):
         trial.run("balanced")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_takes_the_place_of_the_features_and_nothing_else(
+    form: str, options: Options, sae: SAEForFeatureExtraction, store: ActivationStore, texts: list[str]
+) -> None:
+    trial = Trial(
+        make_pool(texts),
+        0,
+        sae,
+        compute_activations(sae, store),
+        UnintendedFeatures.from_ids(sae, [1, 2]),
+        run.workshop(options),
+    )
+    features = UnintendedFeatures.from_ids(sae, [3, 7, 11])
+    trial.choices["attribute"] = features
+    train = trial.states(trial.rows.train, features, features)
+    with pytest.raises(DoesNotApply, match="the group's own offset"):
+        trial._with_form(form, train, features)
+    train = replace(train, offsets=torch.zeros(40, 2))
+    found = trial._with_form(form, train, features)
+    assert torch.equal(found.pooled, train.pooled)
+    assert found.activations.shape == (40, {"dependence_means": 3, "dependence_components": 3}.get(form, 2))
+    assert not torch.equal(found.activations, train.activations)
+    assert trial.run(form)["figures"]["test"]["accuracy"] is not None
+
+
+def noise_states() -> tuple[PooledStates, list[str]]:
+    torch.manual_seed(0)
+    groups = ["ab"[row // 2 % 2] for row in range(80)]
+    states = PooledStates(torch.randn(80, 4), torch.randn(80, 60), torch.arange(80) % 2)
+    return states, groups
+
+
+def test_a_composite_out_of_fold_does_not_know_its_texts_by_heart() -> None:
+    states, groups = noise_states()
+    is_b = torch.tensor([own == "b" for own in groups])
+    out_of_fold, in_sample = (
+        FORMS[name](states, states.activations, groups)[:, 1]
+        for name in ("dependence_composite", "dependence_composite_in_sample")
+    )
+    by_heart, honest = (float(((odds > 0) == is_b).float().mean()) for odds in (in_sample, out_of_fold))
+    assert by_heart > 0.9
+    assert honest < 0.7
+    unknown = FORMS["dependence_composite"](states, states.activations, [None, *groups[1:]])
+    assert unknown[0].tolist() == [0.0, 0.0]
+
+
+def test_components_and_groups_as_columns() -> None:
+    states, groups = noise_states()
+    found = FORMS["dependence_components"](states, states.activations, groups)
+    for label in (0, 1):
+        torch.testing.assert_close(found[states.labels == label].mean(dim=0), torch.zeros(10).double())
+    gram = found.T @ found
+    torch.testing.assert_close(gram, torch.diag(gram.diagonal()), atol=1e-6, rtol=0.0)
+    assert FORMS["dependence_group"](states, states.activations, ["a", "b", *["a"] * 78])[:3].tolist() == [
+        [1.0, 0.0],
+        [0.0, 1.0],
+        [1.0, 0.0],
+    ]
+
+
+def test_what_is_known_within_a_group_is_no_matter_of_the_group() -> None:
+    rng = np.random.default_rng(0)
+    labels, groups = np.arange(400) % 2, ["ab"[row // 2 % 2] for row in range(400)]
+    of_group = np.array([5.0 if group == "b" else -5.0 for group in groups])
+    knows_nothing = np.stack([np.zeros(400), of_group], axis=1)
+    assert auc_within_groups(knows_nothing, labels, groups) == 0.5
+    known = labels + 0.1 * rng.random(400)
+    assert auc_within_groups(np.stack([np.zeros(400), known + of_group], axis=1), labels, groups) == 1.0
+    # Labels told apart in one group only; texts of no known group count nothing.
+    half = np.where(np.array(groups) == "a", known, 0.0)
+    assert auc_within_groups(np.stack([np.zeros(400), half], axis=1), labels, groups) == 0.75
+    assert (
+        auc_within_groups(np.stack([np.zeros(400), half], axis=1), labels, [g if g == "a" else None for g in groups])
+        == 1
+    )
+    assert auc_within_groups(np.zeros((4, 2)), np.array([0, 0, 1, 1]), ["a", "a", "b", "b"]) is None
+
+
+def test_an_oracle_adds_what_the_group_says_of_the_label(
+    options: Options, sae: SAEForFeatureExtraction, store: ActivationStore, texts: list[str]
+) -> None:
+    group = ["long" if label else "short" for label in make_pool(texts).label]
+    pool = make_pool(texts, group=group)
+    activations, keywords = compute_activations(sae, store), UnintendedFeatures.from_ids(sae, [1, 2])
+    trial = Trial(pool, 0, sae, activations, keywords, run.workshop(options))
+    shares = np.exp(trial._log_shares()["long"])
+    count = sum(pool.label[row] for row in trial.rows.train)
+    np.testing.assert_allclose(shares, [0.5 / (count + 1), (count + 0.5) / (count + 1)])
+    # Here the group is the label: told it, next to nothing is wrong, whatever was learnt in two epochs.
+    accuracies = [trial.run(name)["figures"]["test"]["accuracy"] for name in ("balanced_l2", "oracle_100")]
+    assert accuracies[0] < accuracies[1] == 1.0
+    with pytest.raises(DoesNotApply, match="no tie"):
+        Trial(replace(pool, kind="task"), 0, sae, activations, keywords, run.workshop(options)).run("oracle_100")
 
 
 class SaysLengths:

@@ -13,6 +13,7 @@ from benchmarks.controllability.bootstrap import Unit, compare, f1, value, worst
 from benchmarks.controllability.datasets import DATASETS
 from benchmarks.controllability.figures import front, picture
 from benchmarks.controllability.forms import FORMS
+from benchmarks.controllability.limits import aucs
 from benchmarks.controllability.methods import DoesNotApply, Trial, auc_within_groups, conversations
 from benchmarks.controllability.pool import Cells, Corpus, Pool, Rows, cells_of, even, folded, generator, tied
 from benchmarks.controllability.run import Options
@@ -515,6 +516,27 @@ def test_an_oracle_adds_what_the_group_says_of_the_label(
     assert accuracies[0] < accuracies[1] == 1.0
     with pytest.raises(DoesNotApply, match="no tie"):
         Trial(replace(pool, kind="task"), 0, sae, activations, keywords, run.workshop(options)).run("oracle_100")
+
+
+def test_limits_of_a_tie_are_told_of_every_kind_of_head(
+    options: Options, sae: SAEForFeatureExtraction, store: ActivationStore, texts: list[str]
+) -> None:
+    def rows(seed: int) -> Rows:
+        return Rows(list(range(40)), {"even": list(range(40, 60))}, list(range(20)))
+
+    label, group = [row % 2 for row in range(60)], ["ab"[row // 2 % 2] for row in range(60)]
+    pool = make_pool(texts, label=label, group=group, rows=rows)
+    activations = compute_activations(sae, store)
+    # States in which one dimension is the label and another the group.
+    told = torch.stack([torch.tensor(label), torch.tensor([own == "b" for own in group]).long()], dim=1).float()
+    pooled = torch.cat([10 * told, activations.pooled[:, 2:]], dim=1)
+    none = UnintendedFeatures.from_ids(sae, [])
+    trial = Trial(pool, 0, sae, replace(activations, pooled=pooled), none, run.workshop(options))
+    found: dict[str, set[float]] = {}
+    for kind, _, auc in aucs(trial, none):
+        found.setdefault(kind, set()).add(auc)
+    assert list(found) == ["tied, offset", "tied, weighted texts", "tied, linear discriminant", "balanced"]
+    assert all(max(values) == 1.0 for values in found.values())
 
 
 class SaysLengths:

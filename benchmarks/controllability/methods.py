@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ BALANCED = {"balanced": "plain", "balanced_smoothing": "label_smoothing", "balan
 """Baselines that are trained on balanced texts."""
 ORACLES = {f"oracle_{round(100 * share)}": share for share in (0.25, 0.5, 0.75, 1.0)}
 """`balanced_l2`, told the group of every text it judges: to its logits comes this share of log p(label | group) of the
-tied training set. Nobody has that; it is the exchange of the worst group for the score under the tie, as it would be
-with all that balanced texts teach of the task."""
+tied training set, less log p(label) of its own. Nobody has that; it is a point of reference, how one head that was
+trained on balanced texts trades the worst group for the score under the tie."""
 METHODS = (
     *(*SELFREG, *ABLATIONS, PLAIN_LAST, *BASELINES),
     *("scrubbing", "tfidf", "zero_shot", *BALANCED, *ORACLES),
@@ -317,6 +318,11 @@ class Trial:
         tuned = self.workshop.finetuned(self.pool, self.sae)
         return tuned, self.workshop.activations(self.pool.corpus, tuned)
 
+    @cached_property
+    def _balanced_l2(self) -> FittedHead:
+        # Each oracle starts from it.
+        return self._balanced("l2")
+
     def _balanced(self, baseline: str) -> FittedHead:
         if self.rows.balanced is None:
             raise DoesNotApply("the pool has too few texts of some cell to balance it")
@@ -324,22 +330,28 @@ class Trial:
 
     def _oracle(self, share: float) -> dict[str, Scores]:
         """See `ORACLES`."""
-        if self.pairs or self.pool.kind not in ("planted", "tie"):
+        if self.pool.kind not in ("planted", "tie"):
             raise DoesNotApply("there is no tie")
-        head, odds = self._balanced("l2"), self._log_shares()
+        head, odds = self._balanced_l2, self._log_odds()
         logits = {}
         for name, rows in self.rows.evals.items():
             known = np.stack([odds[self.pool.group[row]] for row in rows])
             logits[name] = head.logits(self.states(rows, self.measure, None)).double().numpy() + share * known
         return self._of_text_model(logits, self.rows.evals)
 
-    def _log_shares(self) -> dict[Any, Any]:
-        """log p(label | group) of the training set, half a text added to each; 0 for texts of no known group."""
+    def _log_odds(self) -> dict[Any, Any]:
+        """log p(label | group) of the tied training set less log p(label) of the balanced one, half a text added to
+        each count; 0 for texts of unknown group."""
         size = len(self.pool.labels)
-        counts: dict[Any, Any] = {self.pool.group[row]: np.full(size, 0.5) for row in self.rows.train}
-        for row in self.rows.train:
-            counts[self.pool.group[row]][self.pool.label[row]] += 1
-        return {**{group: np.log(own / own.sum()) for group, own in counts.items()}, None: np.zeros(size)}
+
+        def log_shares(rows: list[int]) -> Any:
+            counts = np.bincount([self.pool.label[row] for row in rows], minlength=size) + 0.5
+            return np.log(counts / counts.sum())
+
+        prior = log_shares(self.rows.balanced or [])
+        groups = {self.pool.group[row] for row in self.rows.train} - {None}
+        own = {group: [row for row in self.rows.train if self.pool.group[row] == group] for group in groups}
+        return {None: np.zeros(size), **{group: log_shares(rows) - prior for group, rows in own.items()}}
 
     def _baseline(self, method: str, train: PooledStates, rows: list[int]) -> FittedHead:
         if method == "projection" and not len(self.choices["attribute"]):
@@ -472,7 +484,10 @@ class Trial:
 
 
 def auc_within_groups(logits: Any, labels: Any, groups: Sequence[Any]) -> float | None:
-    """How well the labels are told apart among texts of one group, whatever the head makes of the group itself.
+    """How well the labels are told apart among texts of one group, whatever is added to a label's logit for a group.
+
+    For each group and each two labels in it, the AUC of the difference of their logits over the texts of the two (Hand
+    and Till 2001): what a head makes of the group itself moves all of these differences alike.
 
     Args:
         logits: `[n, L]`.
@@ -480,21 +495,17 @@ def auc_within_groups(logits: Any, labels: Any, groups: Sequence[Any]) -> float 
         groups: of each text; those of unknown group are left out.
 
     Returns:
-        The AUC of each label's log probability against the rest, averaged over labels and groups; None where no group
-        has two labels.
+        The mean over pairs of labels and groups; None where no group has two labels.
     """
     from sklearn.metrics import roc_auc_score
 
-    # exp does not overflow below 0.
-    logits = logits - logits.max(axis=1, keepdims=True)
-    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     found = []
     for group in sorted({group for group in groups if group is not None}, key=str):
         own = np.array([other == group for other in groups])
-        for label in np.unique(labels[own]):
-            is_label = labels[own] == label
-            if not is_label.all():
-                found.append(float(roc_auc_score(is_label, log_p[own, label])))
+        for one, other in combinations(np.unique(labels[own]).tolist(), 2):
+            of_two = own & np.isin(labels, [one, other])
+            difference = logits[of_two, one] - logits[of_two, other]
+            found.append(float(roc_auc_score(labels[of_two] == one, difference)))
     return float(np.mean(found)) if found else None
 
 

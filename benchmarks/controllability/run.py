@@ -30,6 +30,9 @@ from selfreg import __version__
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.utils.files import fingerprint_json, fingerprint_strings, read_json, write_json
 
+FIGURES = 2
+"""Version of what is measured: with another, what lies there already is computed anew."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -159,7 +162,7 @@ def run_pool(options: Options, name: str) -> str:
     keywords = shop.keyword_features(pool, sae)
     folder = options.output / "results" / name
     write_json(folder / "data.json", about(pool, keywords.reasons))
-    key = [__version__, sae_fingerprint(sae), fingerprint_strings(pool.corpus.texts), keywords.feature_ids]
+    key = [__version__, FIGURES, sae_fingerprint(sae), fingerprint_strings(pool.corpus.texts), keywords.feature_ids]
     key += [pool.keywords, _budget(options.output)]
     activations, done = None, 0
     for seed in range(options.seeds):

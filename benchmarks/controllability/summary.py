@@ -199,9 +199,9 @@ def _head() -> list[str]:
         "the same settings. `selfreg_features`: what selfreg's features say is set aside, and not what the group "
         "says. `balanced`: plain, trained on texts in which label and group have nothing to do with each other; "
         "`balanced_l2` with weight decay. `oracle_50`: that, told the group of every text it judges, of whose log "
-        "p(label | group) in the training set it gets 50 %: what the worst group costs where the tie holds if "
-        "nothing of the task is missed. `AUC within groups`: how well labels are told apart among texts of one "
-        "group, whatever is made of the group itself.",
+        "p(label | group) in the training set it gets 50 %: how one head trained on balanced texts trades the "
+        "worst group for the score where the tie holds. `AUC within groups`: how well labels are told apart among "
+        "texts of one group, whatever is made of the group itself.",
     ]
 
 

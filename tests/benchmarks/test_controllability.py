@@ -13,7 +13,7 @@ from benchmarks.controllability.bootstrap import Unit, compare, f1, value, worst
 from benchmarks.controllability.datasets import DATASETS
 from benchmarks.controllability.figures import front, picture
 from benchmarks.controllability.forms import FORMS
-from benchmarks.controllability.limits import aucs
+from benchmarks.controllability.limits import DECAYS, POWERS, RIDGES, SHARES, SHRINKAGES, aucs
 from benchmarks.controllability.methods import DoesNotApply, Trial, auc_within_groups, conversations
 from benchmarks.controllability.pool import Cells, Corpus, Pool, Rows, cells_of, even, folded, generator, tied
 from benchmarks.controllability.run import Options
@@ -34,6 +34,7 @@ from selfreg import (
     SAEForFeatureExtraction,
     UnintendedFeatures,
 )
+from selfreg.classifier.baselines import fit_head
 from selfreg.classifier.states import PooledStates
 from selfreg.evaluation.metrics import worst_group_accuracy as its_worst_group_accuracy
 from selfreg.features.chat import Choice
@@ -425,7 +426,12 @@ def test_pairs_are_compared_side_by_side(sae: SAEForFeatureExtraction, store: Ac
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_takes_the_place_of_the_features_and_nothing_else(
-    form: str, options: Options, sae: SAEForFeatureExtraction, store: ActivationStore, texts: list[str]
+    form: str,
+    options: Options,
+    sae: SAEForFeatureExtraction,
+    store: ActivationStore,
+    texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trial = Trial(
         make_pool(texts),
@@ -445,7 +451,16 @@ def test_a_form_takes_the_place_of_the_features_and_nothing_else(
     assert torch.equal(found.pooled, train.pooled)
     assert found.activations.shape == (40, {"dependence_means": 3, "dependence_components": 3}.get(form, 2))
     assert not torch.equal(found.activations, train.activations)
-    assert trial.run(form)["figures"]["test"]["accuracy"] is not None
+    # It is what the trainer gets.
+    seen: list[torch.Size] = []
+
+    def record(name: str, model: Any, args: Any, train: PooledStates, **kwargs: Any) -> Any:
+        seen.append(train.activations.shape)
+        return fit_head(name, model, args, train, **kwargs)
+
+    monkeypatch.setattr("benchmarks.controllability.methods.fit_head", record)
+    trial.run(form)
+    assert seen == [found.activations.shape]
 
 
 def noise_states() -> tuple[PooledStates, list[str]]:
@@ -466,7 +481,8 @@ def test_a_composite_out_of_fold_does_not_know_its_texts_by_heart() -> None:
     assert by_heart > 0.9
     assert honest < 0.7
     unknown = FORMS["dependence_composite"](states, states.activations, [None, *groups[1:]])
-    assert unknown[0].tolist() == [0.0, 0.0]
+    # What is unknown of a text says nothing within its label.
+    torch.testing.assert_close(unknown[0], unknown[2::2].mean(dim=0))
 
 
 def test_components_and_groups_as_columns() -> None:
@@ -485,19 +501,23 @@ def test_components_and_groups_as_columns() -> None:
 
 def test_what_is_known_within_a_group_is_no_matter_of_the_group() -> None:
     rng = np.random.default_rng(0)
-    labels, groups = np.arange(400) % 2, ["ab"[row // 2 % 2] for row in range(400)]
-    of_group = np.array([5.0 if group == "b" else -5.0 for group in groups])
-    knows_nothing = np.stack([np.zeros(400), of_group], axis=1)
-    assert auc_within_groups(knows_nothing, labels, groups) == 0.5
-    known = labels + 0.1 * rng.random(400)
-    assert auc_within_groups(np.stack([np.zeros(400), known + of_group], axis=1), labels, groups) == 1.0
+    labels, groups = np.arange(400) % 4, ["ab"[row // 4 % 2] for row in range(400)]
+    logits = rng.normal(size=(400, 4))
+    logits[np.arange(400), labels] += 1
+    # Far more than a float tells beside it, once it is a probability.
+    of_group = {"a": [100.0, -100.0, 0.0, 50.0], "b": [-100.0, 100.0, 0.0, 7.0]}
+    shifts = np.array([of_group[group] for group in groups])
+    moved = logits + shifts
+    known = auc_within_groups(logits, labels, groups)
+    assert known is not None
+    assert 0.7 < known < 0.95
+    assert auc_within_groups(moved, labels, groups) == pytest.approx(known)
+    assert auc_within_groups(shifts, labels, groups) == 0.5
+    assert auc_within_groups(np.eye(4)[labels] + shifts, labels, groups) == 1.0
     # Labels told apart in one group only; texts of no known group count nothing.
-    half = np.where(np.array(groups) == "a", known, 0.0)
-    assert auc_within_groups(np.stack([np.zeros(400), half], axis=1), labels, groups) == 0.75
-    assert (
-        auc_within_groups(np.stack([np.zeros(400), half], axis=1), labels, [g if g == "a" else None for g in groups])
-        == 1
-    )
+    half = np.where(np.array(groups) == "a", 1.0, 0.0)[:, None] * np.eye(4)[labels]
+    assert auc_within_groups(half, labels, groups) == 0.75
+    assert auc_within_groups(half, labels, [group if group == "a" else None for group in groups]) == 1.0
     assert auc_within_groups(np.zeros((4, 2)), np.array([0, 0, 1, 1]), ["a", "a", "b", "b"]) is None
 
 
@@ -508,12 +528,17 @@ def test_an_oracle_adds_what_the_group_says_of_the_label(
     pool = make_pool(texts, group=group)
     activations, keywords = compute_activations(sae, store), UnintendedFeatures.from_ids(sae, [1, 2])
     trial = Trial(pool, 0, sae, activations, keywords, run.workshop(options))
-    shares = np.exp(trial._log_shares()["long"])
     count = sum(pool.label[row] for row in trial.rows.train)
-    np.testing.assert_allclose(shares, [0.5 / (count + 1), (count + 0.5) / (count + 1)])
-    # Here the group is the label: told it, next to nothing is wrong, whatever was learnt in two epochs.
-    accuracies = [trial.run(name)["figures"]["test"]["accuracy"] for name in ("balanced_l2", "oracle_100")]
-    assert accuracies[0] < accuracies[1] == 1.0
+    of_balanced = sum(pool.label[row] for row in trial.rows.balanced or [])
+    found = np.exp(trial._log_odds()["long"])
+    np.testing.assert_allclose(found[1], (count + 0.5) / (count + 1) / ((of_balanced + 0.5) / 21))
+    np.testing.assert_allclose(found[0], 0.5 / (count + 1) / ((20 - of_balanced + 0.5) / 21))
+    np.testing.assert_array_equal(trial._log_odds()[None], [0, 0])
+    # Here the group is the label: told it, nothing is wrong, whatever was learnt in two epochs; told less, more is.
+    accuracies = [
+        trial.run(name)["figures"]["test"]["accuracy"] for name in ("balanced_l2", "oracle_25", "oracle_100")
+    ]
+    assert accuracies[0] < accuracies[1] <= accuracies[2] == 1.0
     with pytest.raises(DoesNotApply, match="no tie"):
         Trial(replace(pool, kind="task"), 0, sae, activations, keywords, run.workshop(options)).run("oracle_100")
 
@@ -521,22 +546,38 @@ def test_an_oracle_adds_what_the_group_says_of_the_label(
 def test_limits_of_a_tie_are_told_of_every_kind_of_head(
     options: Options, sae: SAEForFeatureExtraction, store: ActivationStore, texts: list[str]
 ) -> None:
-    def rows(seed: int) -> Rows:
-        return Rows(list(range(40)), {"even": list(range(40, 60))}, list(range(20)))
-
-    label, group = [row % 2 for row in range(60)], ["ab"[row // 2 % 2] for row in range(60)]
-    pool = make_pool(texts, label=label, group=group, rows=rows)
+    # Of 36 texts four go against the tie; the group is told by a dimension, the label by a weaker one.
+    label = [*([0] * 18 + [1] * 18), *([0, 0, 1, 1] * 6)]
+    group = [*("a" * 16 + "bb" + "b" * 16 + "aa"), *("abab" * 6)]
+    pool = make_pool(
+        texts,
+        label=label,
+        group=list(group),
+        rows=lambda seed: Rows(list(range(36)), {"even": list(range(36, 60))}, list(range(36, 60))),
+    )
     activations = compute_activations(sae, store)
-    # States in which one dimension is the label and another the group.
-    told = torch.stack([torch.tensor(label), torch.tensor([own == "b" for own in group]).long()], dim=1).float()
-    pooled = torch.cat([10 * told, activations.pooled[:, 2:]], dim=1)
+    torch.manual_seed(0)
+    noise = torch.randn(60, activations.pooled.shape[1])
+    signs = torch.tensor([[2.0 * y - 1, 2.0 * (own == "b") - 1] for y, own in zip(label, group, strict=True)])
+    pooled = torch.cat([signs[:, :1] + noise[:, :1], 3 * signs[:, 1:] + noise[:, :1], 0.5 * noise[:, 2:]], dim=1)
     none = UnintendedFeatures.from_ids(sae, [])
     trial = Trial(pool, 0, sae, replace(activations, pooled=pooled), none, run.workshop(options))
-    found: dict[str, set[float]] = {}
-    for kind, _, auc in aucs(trial, none):
-        found.setdefault(kind, set()).add(auc)
-    assert list(found) == ["tied, offset", "tied, weighted texts", "tied, linear discriminant", "balanced"]
-    assert all(max(values) == 1.0 for values in found.values())
+    found: dict[str, dict[str, float]] = {}
+    for kind, settings, auc in aucs(trial, none):
+        found.setdefault(kind, {})[settings] = auc
+    counts = {kind: len(tried) for kind, tried in found.items()}
+    assert counts == {
+        "tied, offset": len(SHARES) * len(DECAYS) * len(RIDGES),
+        "tied, weighted texts": len(POWERS) * len(DECAYS) * len(RIDGES),
+        "tied, linear discriminant": len(SHRINKAGES),
+        "balanced": len(RIDGES),
+    }
+    offset = found["tied, offset"]
+    nothing, everything = (offset[f"share {share}, decay 0.0, ridge 0.1"] for share in (0.0, 1.0))
+    weighted = found["tied, weighted texts"]["power 1.0, decay 0.0, ridge 0.1"]
+    assert everything > nothing
+    assert weighted > nothing
+    assert found["balanced"]["ridge 0.1"] >= everything
 
 
 class SaysLengths:

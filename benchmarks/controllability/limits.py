@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from benchmarks.controllability.datasets import DATASETS
 from benchmarks.controllability.methods import Trial, auc_within_groups
+from benchmarks.controllability.pool import TIED
 from benchmarks.controllability.states import Workshop
 
 from selfreg import RegularizedSequenceClassifier, UnintendedFeatures
@@ -35,63 +36,65 @@ SHARES, DECAYS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), (0.0, 0.1, 0.3, 1.0)
 POWERS = (0.25, 0.5, 0.75, 1.0)
 """Texts weigh 1 / (texts of their label and group) to this power."""
 SHRINKAGES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.9)
-TIES = [name for name in DATASETS if name.startswith(("planted", "notes"))]
-TIES += ["reviews_domain", "toxicchat_length", "cebab_service", "dxy_age"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/controllability"))
-    parser.add_argument("--only", nargs="+", choices=TIES, required=True, metavar="DATA_SET")
+    parser.add_argument("--only", nargs="+", choices=list(DATASETS), required=True, metavar="DATA_SET")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sae-tokens", type=int, default=100_000)
     parser.add_argument("--sae-data", nargs="+", choices=list(DATASETS), default=list(DATASETS), metavar="DATA_SET")
     given = parser.parse_args()
     torch.set_num_threads(1)
     shop = Workshop(given.output, sae_tokens=given.sae_tokens)
+    pools = [DATASETS[name]() for name in given.only]
+    for pool in pools:
+        if pool.kind not in TIED:
+            parser.error(f"--only {pool.name}: it has no tie")
     sae = shop.sae([DATASETS[name]() for name in given.sae_data])
     none = UnintendedFeatures.from_ids(sae, [])
-    for name in given.only:
-        pool = DATASETS[name]()
+    for pool in pools:
         activations = shop.activations(pool.corpus, sae)
         found: dict[str, dict[str, list[float]]] = {}
         for seed in range(given.seeds):
             trial = Trial(pool, seed, sae, activations, none, shop)
-            for kind, settings, auc in aucs(trial, none):
+            for kind, settings, auc in aucs(trial):
                 found.setdefault(kind, {}).setdefault(settings, []).append(auc)
-        print(f"{name}, {given.seeds} seeds, AUC within groups on `even`, the best of each kind:")
+        print(f"{pool.name}, {given.seeds} seeds, AUC within groups on `even`, the best of each kind:")
         for kind, tried in found.items():
             settings, values = max(tried.items(), key=lambda item: mean(item[1]))
             print(f"  {kind:28} {mean(values):.3f}  ({settings}; {len(tried)} tried)", flush=True)
 
 
-def aucs(trial: Trial, none: UnintendedFeatures) -> Iterator[tuple[str, str, float]]:
+def aucs(trial: Trial) -> Iterator[tuple[str, str, float]]:
     """(kind, settings, AUC within groups) of every head that is tried on a seed."""
-    model = trial.classifier(none, False)
-    tied = trial.states(trial.rows.train, none, None)
+    # Which features are watched is no matter: nothing is removed, and there is no term.
+    model = trial.classifier(trial.measure, False)
+    tied = trial.states(trial.rows.train, trial.measure, None)
     offsets, weights = _of_groups(trial, tied)
     model.set_standardization(tied.pooled, tied.labels)
     for share, decay in product(SHARES, DECAYS):
         problem = HeadProblem(model, replace(tied, offsets=share * offsets), logit_decay=decay)
         for ridge in RIDGES:
             problem.solve(None, ridge=ridge)
-            yield "tied, offset", f"share {share}, decay {decay}, ridge {ridge}", _auc(trial, model, none)
+            yield "tied, offset", f"share {share}, decay {decay}, ridge {ridge}", _auc(trial, model)
     for power, decay in product(POWERS, DECAYS):
         own = weights**power
         problem = HeadProblem(model, replace(tied, weights=own / own.mean()), logit_decay=decay)
         for ridge in RIDGES:
             problem.solve(None, ridge=ridge)
-            yield "tied, weighted texts", f"power {power}, decay {decay}, ridge {ridge}", _auc(trial, model, none)
+            yield "tied, weighted texts", f"power {power}, decay {decay}, ridge {ridge}", _auc(trial, model)
     for shrinkage in SHRINKAGES:
         if _discriminant(trial, model, tied, shrinkage):
-            yield "tied, linear discriminant", f"shrinkage {shrinkage}", _auc(trial, model, none)
+            yield "tied, linear discriminant", f"shrinkage {shrinkage}", _auc(trial, model)
     if trial.rows.balanced is not None:
-        balanced = trial.states(trial.rows.balanced, none, None)
+        balanced = trial.states(trial.rows.balanced, trial.measure, None)
         model.set_standardization(balanced.pooled, balanced.labels)
         problem = HeadProblem(model, balanced)
         for ridge in RIDGES:
             problem.solve(None, ridge=ridge)
-            yield "balanced", f"ridge {ridge}", _auc(trial, model, none)
+            yield "balanced", f"ridge {ridge}", _auc(trial, model)
 
 
 def _of_groups(trial: Trial, states: PooledStates) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,9 +134,9 @@ def _discriminant(trial: Trial, model: RegularizedSequenceClassifier, states: Po
     return True
 
 
-def _auc(trial: Trial, model: RegularizedSequenceClassifier, none: UnintendedFeatures) -> float:
+def _auc(trial: Trial, model: RegularizedSequenceClassifier) -> float:
     rows = trial.rows.evals["even"]
-    states = trial.states(rows, none, None)
+    states = trial.states(rows, trial.measure, None)
     with torch.no_grad():
         logits = model.logits(states.pooled).double().numpy()
     found = auc_within_groups(logits, states.labels.numpy(), [trial.pool.group[row] for row in rows])

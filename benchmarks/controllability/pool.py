@@ -13,6 +13,8 @@ import numpy as np
 from selfreg.classifier.tasks import Task
 
 TIE = 0.95
+TIED = ("planted", "tie")
+"""Kinds of data sets in which the label goes with the group."""
 Cells = dict[tuple[int, Any], list[int]]
 """Rows by (label, group)."""
 

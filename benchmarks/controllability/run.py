@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from benchmarks.controllability.datasets import DATASETS
-from benchmarks.controllability.methods import ABLATIONS, METHODS, DoesNotApply, Trial, head_arguments
+from benchmarks.controllability.methods import DoesNotApply, Trial, head_arguments
+from benchmarks.controllability.names import ABLATIONS, METHODS
 from benchmarks.controllability.pool import Pool
 from benchmarks.controllability.states import Workshop
 from benchmarks.controllability.summary import write_summary

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.controllability import bootstrap
 from benchmarks.controllability.bootstrap import Unit
 from benchmarks.controllability.figures import write_figures
-from benchmarks.controllability.methods import METHODS, SELFREG
+from benchmarks.controllability.names import METHODS, SELFREG
 
 from selfreg.utils.files import atomic_path, read_json, write_json
 

@@ -45,6 +45,7 @@ from selfreg.utils.devices import default_device
 from selfreg.utils.files import fingerprint_strings
 from selfreg.utils.processes import is_main_process
 from selfreg.utils.progress import Advance, progress
+from selfreg.utils.quantized import keep_unpacked
 from selfreg.utils.sharding import InStep, shard, without_gradient
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class HiddenStateExtractor:
         batch_tokens: most tokens of one forward pass, padding included.
 
     Raises:
-        ValueError: an unknown setting, or a layer that is not there.
+        ValueError: an unknown setting, or a layer that is not there; or see `keep_unpacked`.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class HiddenStateExtractor:
         name = name or backbone.config.name_or_path or type(backbone).__name__
         if layer != "final":
             check_layer(layer, len(find_blocks(backbone)), name)
+        keep_unpacked(backbone)
         self.backbone = backbone.eval()
         self.tokenizer = tokenizer
         self.layer = layer

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 
+from selfreg.utils.quantized import keep_unpacked
+
 HEADS = ("score", "classifier", "classifier.out_proj")
 """Where transformers' sequence classifiers have the linear layer that gives the logits."""
 
@@ -221,8 +223,9 @@ def head_inputs(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, head:
         `[N, D]`, float32, on the CPU.
 
     Raises:
-        ValueError: no head is found, or the logits are not the head's of one state a text.
+        ValueError: no head is found, or the logits are not the head's of one state a text; or see `keep_unpacked`.
     """
+    keep_unpacked(model)
     device = next(model.parameters()).device
     states = []
     for batch in batches:

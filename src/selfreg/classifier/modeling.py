@@ -28,6 +28,7 @@ from selfreg.classifier.tasks import Task, num_logits, task_loss
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.hub import MODEL_FILES, UPLOAD_OPTIONS, PushMixin, told_offline, upload_folder
+from selfreg.utils.quantized import keep_unpacked
 from selfreg.utils.sharding import AFTER_FSDP, check_whole
 
 
@@ -156,6 +157,7 @@ class RegularizedSequenceClassifier(PushMixin, PoolingMixin, PreTrainedModel):  
 
     def set_backbone(self, backbone: Any) -> None:
         """Puts a language model under the head: a model of transformers, or peft's over one."""
+        keep_unpacked(backbone)
         self.backbone = backbone
         # The backbone is named in the config, not saved, and an adapter has its own file; with this the Trainer
         # neither writes them with the head nor misses them.

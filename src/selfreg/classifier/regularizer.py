@@ -22,6 +22,7 @@ from selfreg.classifier.terms import Regularizer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.features.selection import UnintendedFeatures
 from selfreg.utils.progress import progress
+from selfreg.utils.quantized import keep_unpacked
 from selfreg.utils.sharding import whole_tensor
 from selfreg.utils.trainer import PartsTrainer, WholeCheckpoints
 
@@ -77,6 +78,7 @@ class RegularizationMixin(PartsTrainer):
                 "UnintendedFeatures.from_pretrained(folder), or one of its other from_... methods"
             )
         super().__init__(*args, **kwargs)
+        keep_unpacked(self.model)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if is_deepspeed_zero3_enabled() or (plugin is not None and plugin.fsdp_version != 2):
             raise ValueError(

@@ -8,7 +8,14 @@ from selfreg.classifier.training_args import LOGIT_DECAY
 
 OFFSET = 0.8
 _TERMS: dict[str, Any] = {"offset_weight": 0.0, "logit_decay": 0.0}
-_OFF: dict[str, Any] = {**_TERMS, "penalty_weight": 0.0, "dependence_weight": 0.0, "remove_unintended": False}
+_OFF: dict[str, Any] = {
+    **_TERMS,
+    "penalty_weight": 0.0,
+    "dependence_weight": 0.0,
+    "remove_unintended": False,
+    # As in selfreg itself, where it comes with the two terms.
+    "ridge": "auto",
+}
 _OFFSET: dict[str, Any] = {**_OFF, "offset_weight": OFFSET}
 SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg": ("attribute", {}),
@@ -41,9 +48,10 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "no_removal": ("attribute", {"remove_unintended": False}),
     "smoothing_10": ("attribute", {"label_smoothing_factor": 0.1}),
     "smoothing_20": ("attribute", {"label_smoothing_factor": 0.2}),
-    "no_weight_decay": ("attribute", {"weight_decay": 0.0}),
-    "weight_decay_5": ("attribute", {"weight_decay": 5.0}),
-    "weight_decay_10": ("attribute", {"weight_decay": 10.0}),
+    "ridge_001": ("attribute", {"ridge": 0.01}),
+    "ridge_010": ("attribute", {"ridge": 0.1}),
+    "ridge_100": ("attribute", {"ridge": 1.0}),
+    "weight_decay_2": ("attribute", {"weight_decay": 2.0}),
     **{name: ("attribute", {}) for name in FORMS},
     "auto": ("attribute", {"penalty_weight": "auto", "dependence_weight": "auto"}),
     "features_10": ("attribute:10", {}),

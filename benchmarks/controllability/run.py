@@ -241,6 +241,7 @@ def _budget(folder: Path) -> list[Any]:
         "logit_decay",
         "learning_rate",
         "num_train_epochs",
+        "ridge",
         "weight_decay",
     )
     return [getattr(args, name) for name in names]

@@ -88,6 +88,7 @@ class Heads:
             offset_weight=part.offset_weight,
             logit_decay=part.logit_decay,
             remove_unintended=part.remove_unintended,
+            ridge=part.ridge,
             weight_decay=part.weight_decay,
             label_smoothing_factor=part.label_smoothing_factor,
             num_train_epochs=part.epochs,

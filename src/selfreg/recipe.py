@@ -203,7 +203,14 @@ class ClassifierRecipe(_Part):
         description="Weight of the mean squared logit in training; null: 0.1, and 0 as above.",
     )
     remove_unintended: bool = True
-    weight_decay: float = Field(2.0, ge=0, description="Of selfreg's classifier; l2 has its own, the others none.")
+    ridge: Weight | None = Field(
+        None,
+        description="Weight of half the squared norm of the head's weights; auto: chosen by cross-validation; null: "
+        "auto, and 0 with lora, with weight_decay, or without both terms. l2 has its own, the other baselines none.",
+    )
+    weight_decay: float | None = Field(
+        None, ge=0, description="Of selfreg's classifier; null: 0 beside a ridge, 2 without."
+    )
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1, description="Likewise. How much the targets are softened.")
     epochs: float = Field(100, gt=0)
     learning_rate: float = Field(3e-3, gt=0, description="Of the head.")
@@ -224,6 +231,8 @@ class ClassifierRecipe(_Part):
             raise ValueError("label_smoothing_factor would take back what the offset is sure of: set one of them to 0")
         if self.lora is not None and self.offset_weight:
             raise ValueError("offset_weight needs states that stay as they are: leave lora or offset_weight out")
+        if self.lora is not None and self.ridge == "auto":
+            raise ValueError("ridge: auto needs states that stay as they are: leave lora out, or give a number")
         return self
 
 

@@ -55,7 +55,7 @@ class RegularizationArguments:
     def __post_init__(self) -> None:
         check_choice("similarity", self.similarity, Similarity)
         for name in ("penalty_weight", "dependence_weight"):
-            setattr(self, name, _weight(name, getattr(self, name)))
+            setattr(self, name, weight_of(name, getattr(self, name)))
         if not 0 <= self.dependence_momentum <= 1:
             raise ValueError(f"dependence_momentum={self.dependence_momentum} must be from 0 to 1")
         # Where it is mixed into training arguments, theirs come next.
@@ -87,7 +87,12 @@ def number_of(value: Any) -> float:
         return math.nan
 
 
-def _weight(name: str, value: Any) -> Any:
+def weight_of(name: str, value: Any) -> Any:
+    """A weight as a number, or "auto".
+
+    Raises:
+        ValueError: it is neither, or negative.
+    """
     if value == AUTO:
         return AUTO
     weight = number_of(value)

@@ -1,10 +1,10 @@
 """What a user would try instead, under the same interface and budget.
 
-The linear probe by itself (`plain`), with weight decay (`l2`), and with what keeps classifiers from being too sure:
-`dropout` of the states' dimensions, `label_smoothing`, the `focal` loss (Lin et al. 2017), `spectral_norm` of the
-weights (Miyato et al. 2018). And the probe on states from which something was taken: the group (`leace`, Belrose et
-al. 2023, of the library concept-erasure; needs the group of each training text), or the whole span of the unintended
-features' decoder directions (`projection`).
+The linear probe by itself (`plain`), with a ridge chosen by cross-validation, as selfreg's (`l2`), and with what keeps
+classifiers from being too sure: `dropout` of the states' dimensions, `label_smoothing`, the `focal` loss (Lin et al.
+2017), `spectral_norm` of the weights (Miyato et al. 2018). And the probe on states from which something was taken: the
+group (`leace`, Belrose et al. 2023, of the library concept-erasure; needs the group of each training text), or the
+whole span of the unintended features' decoder directions (`projection`).
 """
 
 import logging
@@ -19,6 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import TrainerCallback
 
+from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.configuration import RegularizedSequenceClassifierConfig
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.penalty import orthonormal_basis
@@ -29,8 +30,6 @@ from selfreg.classifier.training_args import RegularizedTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-L2_WEIGHT_DECAY = 2.0
-"""Decoupled decay of AdamW, the same that selfreg's classifier has by default."""
 _DROPOUT, _LABEL_SMOOTHING, _FOCAL_GAMMA = 0.3, 0.1, 2.0
 _VARIANTS = ("dropout", "focal", "spectral_norm")
 BASELINES = ("plain", "l2", "dropout", "label_smoothing", "focal", "spectral_norm", "leace", "projection")
@@ -116,8 +115,8 @@ def fit_baseline(
     Args:
         name: one of `BASELINES`.
         config: of the classifier that it is compared with.
-        args: of that classifier's training; penalties, removal and (but for `l2` and `label_smoothing`) weight decay
-            and label smoothing are turned off here.
+        args: of that classifier's training; penalties, removal, weight decay and (but for `l2` and
+            `label_smoothing`) ridge and label smoothing are turned off here.
         train: pooled states before any removal.
         groups: the group of each training text, None where it is not known; for `leace`.
         directions (`[U, hidden_size]`): decoder directions of the unintended features; for `projection`.
@@ -136,7 +135,8 @@ def fit_baseline(
         offset_weight=0.0,
         logit_decay=0.0,
         remove_unintended=False,
-        weight_decay=L2_WEIGHT_DECAY if name == "l2" else 0.0,
+        ridge=AUTO if name == "l2" else 0.0,
+        weight_decay=0.0,
         label_smoothing_factor=_LABEL_SMOOTHING if name == "label_smoothing" else 0.0,
     )
     plain = RegularizedSequenceClassifierConfig(

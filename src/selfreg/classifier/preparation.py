@@ -28,6 +28,7 @@ STOCK_UNUSED = {
     "class_weights": "a stock model works out its loss itself: pass compute_loss_func",
     "offset_weight": "it is for a RegularizedSequenceClassifier with a frozen backbone",
     "logit_decay": "a stock model works out its loss itself",
+    "ridge": "it is for a RegularizedSequenceClassifier; a stock model has weight_decay",
 }
 """Arguments without an effect on a model of selfreg, and on a stock one, with why."""
 
@@ -89,8 +90,11 @@ def beside_offsets(dataset: Any, collator: Any, offsets: Tensor) -> tuple[Any, A
 def check_offset(args: RegularizedTrainingArguments, model: RegularizedSequenceClassifier, dataset: Any) -> None:
     """
     Raises:
-        ValueError: there is an offset, and states move or the features' activations are not known.
+        ValueError: there is an offset, and states move or the features' activations are not known; or a ridge is to
+            be chosen, and states move.
     """
+    if args.ridge == AUTO and not model.backbone_is_frozen:
+        raise ValueError("ridge='auto' needs states that stay as they are: train no adapter, or give a number")
     if not args.offset_weight:
         return
     if not model.backbone_is_frozen:

@@ -59,6 +59,9 @@ class RegularizationMixin(PartsTrainer):
     model: Any
     args: Any
 
+    ridge: float = 0.0
+    """Weight of half the squared norm of the head's weights, in the training of selfreg's own classifiers."""
+
     def __init__(
         self,
         *args: Any,
@@ -192,6 +195,8 @@ class RegularizationMixin(PartsTrainer):
             weight = self.statistics.scaled(weight)
         similarity, dependence = self.regularizer(weight)
         terms = self.regularizer.penalty_weight * similarity + self.regularizer.dependence_weight * dependence
+        if self.ridge:
+            terms = terms + self.ridge / 2 * weight.pow(2).sum()
         self.parts.add(task_loss=task_loss)
         # A zero that stands for "not measured" would read as "perfect".
         if not self.regularizer.empty:

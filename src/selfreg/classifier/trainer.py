@@ -4,6 +4,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import HubStrategy
 
+from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.checkpoint import BACKBONE_PREFIX, check_saved_whole
 from selfreg.classifier.collator import ClassifierCollator, pooled_dataset
 from selfreg.classifier.inputs import (
@@ -42,6 +44,7 @@ from selfreg.classifier.preparation import (
     stacked,
 )
 from selfreg.classifier.regularizer import RegularizationMixin
+from selfreg.classifier.ridge import RidgeChoice, choose_ridge
 from selfreg.classifier.running import batch_constant
 from selfreg.classifier.shares import COUNTS, counts_of_last
 from selfreg.classifier.states import PooledStates
@@ -98,6 +101,7 @@ class RegularizedTrainer(RegularizationMixin):
         # What the unintended features say of each training text, weighted; worked out when training starts.
         self.offsets: Tensor | None = None
         self.weight_path: WeightPath | None = None
+        self.ridge_choice: RidgeChoice | None = None
         # Of the texts of the training set: with it a text counts the same whatever else is in its batch.
         self.mean_weight = 1.0
         if own:
@@ -161,6 +165,8 @@ class RegularizedTrainer(RegularizationMixin):
             args.label_smoothing_factor = 0.0
         else:
             refuse_unused(args, kwargs, STOCK_UNUSED)
+            if isinstance(args, RegularizedTrainingArguments):
+                args = args.resolve_defaults("single_label", 0, can_offset=False)
         super().__init__(
             model,
             args,
@@ -360,6 +366,11 @@ class RegularizedTrainer(RegularizationMixin):
             states = pooled_dataset(model, dataset)
         self.offsets = with_offsets(model, self.args, states).offsets
         model.set_standardization(states.pooled, states.labels)
+        self.ridge = 0.0 if self.args.ridge == AUTO else self.args.ridge
+        if self.args.ridge == AUTO:
+            self.ridge_choice = choose_ridge(model, replace(states, offsets=self.offsets), self.args)
+            self.ridge = self.ridge_choice.ridge
+            logger.info("ridge=%g chosen by cross-validation", self.ridge)
         if self.args.dependence_weight and model.config.num_unintended:
             differences, activations = states.compared
             # The mean of the standardisation is held constant anyway.

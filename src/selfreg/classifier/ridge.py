@@ -1,0 +1,177 @@
+"""Choosing the ridge, which keeps a head's weights small: by cross-validation, with all else as in the training.
+
+The texts held out are like those of the training set: no groups and no shifted data enter. Shapes: N texts, L logits,
+D hidden size.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from selfreg.classifier.inputs import label_weights
+from selfreg.classifier.modeling import RegularizedSequenceClassifier
+from selfreg.classifier.path import fitted_regularizer
+from selfreg.classifier.solver import HeadProblem
+from selfreg.classifier.states import PooledStates
+from selfreg.classifier.tasks import task_loss
+from selfreg.classifier.terms import Regularizer
+from selfreg.classifier.training_args import RegularizedTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+RIDGES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+FOLDS = 5
+USUAL = 0.05
+"""Where there are too few texts to choose by: the middle of what was chosen on the data sets of docs/evidence.md."""
+Rows = NDArray[np.intp]
+_LEAST, _MANY = 2 * FOLDS, 5000
+# As in `path`: to choose by, not to keep.
+_SOLVER: dict[str, Any] = {"tolerance": 1e-3, "smoothing": (1e-2, 1e-3)}
+
+
+@dataclass(frozen=True)
+class RidgeChoice:
+    """
+    Attributes:
+        ridge (`float`): what was chosen.
+        best (`float`): the one of the lowest loss.
+        losses (`list[tuple[float, float]]`): ridges, from strong to weak, and the loss of the texts held out.
+    """
+
+    ridge: float
+    best: float
+    losses: list[tuple[float, float]]
+
+
+def choose_ridge(
+    model: RegularizedSequenceClassifier, states: PooledStates, args: RegularizedTrainingArguments
+) -> RidgeChoice:
+    """The strongest ridge whose loss is not told from the best one's by the texts that were held out.
+
+    Each text is held out once, in five folds; of more than 5,000 texts a fifth is. A loss is told from the best where
+    the difference is more than one standard error of it, over the same texts. The loss is that of logits + offset
+    where there are offsets, as in training: with what the features say set aside, leaning on them gains nothing.
+
+    Args:
+        model: the classifier; left as it is.
+        states: pooled states of the training set, with the offsets as they are added in training, if any.
+        args: the weights as numbers, `similarity`, `class_weights`, `preference_loss`, `label_smoothing_factor`,
+            `logit_decay` and `seed`.
+    """
+    if len(states) < _LEAST:
+        logger.warning("ridge=%g: %d training texts are too few to choose one by", USUAL, len(states))
+        return RidgeChoice(USUAL, USUAL, [])
+    head = _head_alone(model)
+    of_labels = label_weights(args, states.labels, model)
+    of_labels = None if of_labels is None else of_labels.cpu()
+    folds = [_Fold(head, states, args, of_labels, *rows) for rows in _folds(head, states, args.seed)]
+    judged = states if len(folds) > 1 else states.select(folds[0].held_out)
+    head.set_standardization(states.pooled, states.labels)
+    losses: list[tuple[float, float]] = []
+    pulls: list[Tensor] = []
+    for ridge in RIDGES:
+        logits = torch.cat([fold.logits(ridge) for fold in folds])
+        if len(folds) > 1:
+            logits = logits[np.argsort(np.concatenate([fold.held_out for fold in folds]))]
+        loss, pull = _loss(head, judged, logits, of_labels, args)
+        losses.append((ridge, loss))
+        pulls.append(pull)
+        if len(losses) > 1 and loss > losses[-2][1]:
+            break
+    best = min(range(len(losses)), key=lambda i: losses[i][1])
+    chosen = next(
+        i for i in range(best + 1) if losses[i][1] - losses[best][1] <= float((pulls[i] - pulls[best]).norm())
+    )
+    return RidgeChoice(losses[chosen][0], losses[best][0], losses)
+
+
+def _head_alone(model: RegularizedSequenceClassifier) -> RegularizedSequenceClassifier:
+    """A copy without a backbone, on the CPU, whose head is free to be solved over and over."""
+    own = RegularizedSequenceClassifier(copy.deepcopy(model.config))
+    for name, buffer in model.named_buffers(recurse=False):
+        own.get_buffer(name).copy_(buffer)
+    return own
+
+
+def _folds(model: RegularizedSequenceClassifier, states: PooledStates, seed: int) -> list[tuple[Rows, Rows]]:
+    """(solved on, held out), drawn within each label where there are enough texts of each."""
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    by_label = model.task == "single_label" and int(states.labels.unique(return_counts=True)[1].min()) >= FOLDS
+    splitter = (StratifiedKFold if by_label else KFold)(FOLDS, shuffle=True, random_state=seed)
+    labels = states.labels.numpy() if by_label else None
+    folds = list(splitter.split(np.zeros(len(states)), labels))
+    return folds[:1] if len(states) > _MANY else folds
+
+
+class _Fold:
+    """One part of the texts held out, and the heads that the others give."""
+
+    def __init__(
+        self,
+        head: RegularizedSequenceClassifier,
+        states: PooledStates,
+        args: RegularizedTrainingArguments,
+        label_weights: Tensor | None,
+        rows: Rows,
+        held_out: Rows,
+    ) -> None:
+        own = states.select(rows)
+        self.held_out, self.head = held_out, copy.deepcopy(head)
+        self.pooled = states.pooled[torch.from_numpy(held_out)]
+        self.regularizer: Regularizer | None = None
+        if args.dependence_weight and head.config.num_unintended:
+            self.regularizer = fitted_regularizer(self.head, own, args)
+        else:
+            self.head.set_standardization(own.pooled, own.labels)
+            if head.config.num_unintended:
+                self.regularizer = Regularizer(head.unintended, args, head.unintended_mask)
+        self.problem = HeadProblem(
+            self.head,
+            own,
+            label_weights=label_weights,
+            preference_loss=args.preference_loss,  # type: ignore[arg-type]
+            label_smoothing=args.label_smoothing_factor,
+            logit_decay=args.logit_decay or 0.0,
+        )
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def logits(self, ridge: float) -> Tensor:
+        """Of the texts held out; each ridge starts from the one before."""
+        solved = self.problem.solve(self.regularizer, ridge=ridge, start=self.weight, start_bias=self.bias, **_SOLVER)
+        self.weight, self.bias = solved.weight, solved.bias
+        with torch.no_grad():
+            return self.head.logits(self.pooled).double()
+
+
+def _loss(
+    head: RegularizedSequenceClassifier,
+    states: PooledStates,
+    logits: Tensor,
+    label_weights: Tensor | None,
+    args: RegularizedTrainingArguments,
+) -> tuple[float, Tensor]:
+    """The mean loss of texts, and how much each of them moves it, `[N]`; see `path._Loss.with_error`."""
+    if states.offsets is not None:
+        logits = logits + states.offsets.double()
+    weights = torch.ones(len(states)) if states.weights is None else states.weights
+    weights = weights.double().requires_grad_()
+    mean = task_loss(
+        head.task,
+        logits,
+        states.labels,
+        sample_weights=weights,
+        label_weights=label_weights,
+        margins=states.margins,
+        target_scale=head.loss_scale,
+        preference_loss=args.preference_loss,  # type: ignore[arg-type]
+    )
+    (slope,) = torch.autograd.grad(mean, weights)
+    return float(mean.detach()), weights.detach() * slope

@@ -195,9 +195,11 @@ class RegularizationMixin(PartsTrainer):
             weight = self.statistics.scaled(weight)
         similarity, dependence = self.regularizer(weight)
         terms = self.regularizer.penalty_weight * similarity + self.regularizer.dependence_weight * dependence
-        if self.ridge:
-            terms = terms + self.ridge / 2 * weight.pow(2).sum()
         self.parts.add(task_loss=task_loss)
+        if self.ridge:
+            squared_norm = weight.pow(2).sum()
+            terms = terms + self.ridge / 2 * squared_norm
+            self.parts.add(squared_norm=squared_norm)
         # A zero that stands for "not measured" would read as "perfect".
         if not self.regularizer.empty:
             self.parts.add(similarity=similarity)

@@ -4,7 +4,8 @@
 
 - train: the head on cached states (20,000 × 576, four labels), beside scikit-learn's `LogisticRegression` on the same
   float32 states at the same ridge: by `solve_head`, to scikit-learn's own optimum, and by `RegularizedTrainer` to its
-  early-stopped end. Validation losses stand beside the times: a time counts only at the same loss.
+  early-stopped end. Validation losses stand beside the times: a time counts only at the same loss. And the choice of a
+  ridge with the default terms, which comes before such a training.
 - path: `weight_path` (the ridge, then 10 points on 80 % of the states), in units of one `solve_head` from zero at the
   default weights, and of one training by `RegularizedTrainer`.
 - inference: texts/s from text, `RegularizedSequenceClassifier` at layer 15 beside
@@ -46,8 +47,10 @@ from selfreg import (
 from selfreg.activations.backbone import resolve_model
 from selfreg.classifier.collator import ClassifierCollator
 from selfreg.classifier.path import fitted_regularizer, weight_path
+from selfreg.classifier.ridge import RidgeChoice, choose_ridge
 from selfreg.classifier.solver import solve_head
 from selfreg.classifier.states import PooledStates
+from selfreg.classifier.training_args import LOGIT_DECAY
 from selfreg.data import load_rows
 from selfreg.demo.recipe import demo_backbone
 from selfreg.recipe import SplitRecipe
@@ -139,6 +142,9 @@ def train_part(options: argparse.Namespace) -> list[Row]:
     ratios: dict[str, list[float]] = {"solve_head": [], "RegularizedTrainer": []}
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, penalty_weight=0.0, dependence_weight=0.0)
+        with_terms = arguments(folder, offset_weight=0.0, logit_decay=LOGIT_DECAY)
+        choices: list[float] = []
+        found: list[RidgeChoice] = []
         for _ in range(options.rounds):
             own = seconds(lambda: solve_head(model, train, None, ridge=options.ridge))
             losses["solve_head"] = test_loss(model, test)
@@ -149,15 +155,20 @@ def train_part(options: argparse.Namespace) -> list[Row]:
             losses["RegularizedTrainer"] = test_loss(model, test)
             ratios["solve_head"].append(own / sklearn)
             ratios["RegularizedTrainer"].append(trainer / sklearn)
-    return [
+            choice = seconds(lambda: found.append(choose_ridge(model, train, with_terms)))
+            choices.append(choice / sklearn)
+    note = f"ridge {found[0].ridge:g}, {len(found[0].losses)} solved"
+    title = f"choice of a ridge, {len(train)} × {options.width} / LogisticRegression"
+    trainings = [
         row(
             f"training {len(train)} × {options.width}, {name} / LogisticRegression",
-            found,
+            rounds,
             "at most 2",
             f"loss {losses[name]:.4f}, {losses['LogisticRegression']:.4f}",
         )
-        for name, found in ratios.items()
+        for name, rounds in ratios.items()
     ]
+    return [*trainings, row(title, choices, "", note)]
 
 
 def path_part(options: argparse.Namespace) -> list[Row]:

@@ -87,7 +87,7 @@ _SAE_COLUMNS = {
 METHODS = {
     "plain": "An ordinary linear classifier on the language model's hidden states.",
     "selfreg": "The same classifier, trained to keep away from the unintended features.",
-    "l2": "The ordinary classifier with its weights kept small (weight decay).",
+    "l2": "The ordinary classifier with its weights kept small (a ridge chosen by cross-validation).",
     "dropout": "The ordinary classifier, with parts of its input switched off at random while it learns.",
     "label_smoothing": "The ordinary classifier, trained towards slightly softened labels.",
     "focal": "The ordinary classifier, trained with more weight on the texts that it gets wrong.",

@@ -29,7 +29,7 @@ def test_defaults() -> None:
     args = RegularizedTrainingArguments("x")
     for name in ("penalty_weight", "similarity", "dependence_weight", "weight_decay", "label_smoothing_factor"):
         assert getattr(classifier, name) == getattr(args, name), name
-    for name in ("offset_weight", "logit_decay"):
+    for name in ("offset_weight", "logit_decay", "ridge"):
         assert getattr(classifier, name) is getattr(args, name) is None
     # None: as `from_backbone` made the model, whose default is True.
     assert classifier.remove_unintended
@@ -60,6 +60,8 @@ def test_defaults() -> None:
         ({"task": "ranking"}, "task: .*'single_label'"),
         ({"task": "regression", "classifier": {"logit_decay": 0.1}}, "task regression has no logits; leave it out"),
         ({"classifier": {"logit_decay": float("inf")}}, "classifier.logit_decay: .*finite"),
+        ({"classifier": {"ridge": -1}}, "classifier.ridge: .*greater than or equal to 0"),
+        ({"classifier": {"ridge": "auto", "lora": {"r": 8}}}, "ridge: auto needs states that stay as they are"),
         ({"classifier": {"offset_weight": 1.5}}, "classifier.offset_weight: .*less than or equal to 1"),
     ],
 )

@@ -198,7 +198,8 @@ def _head() -> list[str]:
         "many features drawn at random, the controls; `Δ random features` is against that of the two which has "
         "the same settings. `selfreg_features`: what selfreg's features say is set aside, and not what the group "
         "says. `balanced`: plain, trained on texts in which label and group have nothing to do with each other; "
-        "`balanced_l2` with weight decay. `oracle_50`: that, told the group of every text it judges, of whose log "
+        "`balanced_l2` with a ridge chosen by cross-validation, "
+        "as selfreg's and `l2`. `oracle_50`: that, told the group of every text it judges, of whose log "
         "p(label | group) in the training set it gets 50 %: how one head trained on balanced texts trades the "
         "worst group for the score where the tie holds. `AUC within groups`: how well labels are told apart among "
         "texts of one group, whatever is made of the group itself.",

@@ -190,6 +190,8 @@ class Heads:
         if adapted:
             first = next(iter(self.data.eval.values()))
             result["drift"] = drift(head.model, self.sae, first, self.recipe.backbone.template)
+        if head.ridge:
+            result["ridge"] = head.ridge
         if name == "selfreg" and self.weight_path is not None:
             result["weight_path"] = asdict(self.weight_path)
         return result

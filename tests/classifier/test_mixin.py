@@ -450,6 +450,12 @@ def test_bad_input_is_named(rows: Dataset, tmp_path: Path, caplog: pytest.LogCap
     removing = RegularizedTrainingArguments(str(tmp_path), remove_unintended=True, report_to="none")
     with pytest.raises(ValueError, match="remove_unintended takes features out"):
         plugged(model, removing, rows, unintended)
+    for value in (0.5, "auto"):
+        ridged = RegularizedTrainingArguments(str(tmp_path), ridge=value, report_to="none")
+        with pytest.raises(ValueError, match=f"ridge={value!r} would have no effect in PluggedTrainer"):
+            plugged(model, ridged, rows, unintended)
+        with pytest.raises(ValueError, match=f"ridge={value!r} would have no effect here"):
+            RegularizedTrainer(model=model, args=ridged, train_dataset=rows, unintended=unintended)
     with caplog.at_level("WARNING", logger="selfreg"):
         none = UnintendedFeatures.from_ids(
             make_sae(HiddenStateExtractor(model.model, word_tokenizer(), layer="final")), []
@@ -626,3 +632,21 @@ def test_settings_beside_those_of_trl(tmp_path: Path) -> None:
     assert (args.penalty_weight, args.pad_to_multiple_of, args.logging_steps) == (0.5, None, 10)
     settings, reward = trl.TrlParser((RegularizationArguments, trl.RewardConfig)).parse_args_and_config(line)
     assert (settings.penalty_weight, reward.output_dir) == (0.5, str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [PluggedTrainer, RegularizedTrainer])
+@pytest.mark.parametrize("given", [None, 0.5])
+def test_weight_decay_of_a_stock_model(kind: Any, given: float | None, rows: Dataset, tmp_path: Path) -> None:
+    model = make_model("llama")
+    args = RegularizedTrainingArguments(
+        str(tmp_path), weight_decay=given, max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    trainer = kind(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        unintended=features_of(model, rows, "llama"),
+        data_collator=DataCollatorWithPadding(word_tokenizer()),
+    )
+    trainer.train()
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, given or 2.0}

@@ -73,6 +73,8 @@ def test_the_ridge_is_chosen_by_the_same_rule(tmp_path: Path) -> None:
         make_model("single_label"), make_states("single_label"), make_args(tmp_path), points=3, ridge=0.5
     )
     assert (given.ridge, given.ridges) == (0.5, [])
+    args = make_args(tmp_path, ridge=0.5)
+    assert weight_path(make_model("single_label"), make_states("single_label"), args, points=3) == given
 
 
 def test_a_weight_that_is_a_number_stays(tmp_path: Path) -> None:

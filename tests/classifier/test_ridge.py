@@ -98,6 +98,8 @@ def test_offsets_and_terms_are_in_it(tmp_path: Path) -> None:
     assert losses(states, dependence_weight=1000.0, logit_decay=0.0)[1] != pytest.approx(plain[1], abs=1e-3)
     weights = torch.full((len(states),), 2.0)
     assert losses(replace(states, weights=weights), logit_decay=0.0) == pytest.approx(plain, abs=2e-3)
+    weights[::2] = 0.1
+    assert losses(replace(states, weights=weights), logit_decay=0.0)[0] != pytest.approx(plain[0], abs=1e-3)
     assert losses(states, class_weights=[1.0, 1.0, 5.0], logit_decay=0.0)[0] != pytest.approx(plain[0], abs=1e-3)
 
 
@@ -124,11 +126,52 @@ def test_few_texts_and_rare_labels(tmp_path: Path, caplog: pytest.LogCaptureFixt
     states, model = make_states("single_label"), make_model("single_label")
     assert choose_ridge(model, states.select(range(9)), resolved(tmp_path)).ridge == USUAL
     assert "9 training texts are too few to choose one by" in caplog.text
-    labels = torch.zeros(30, dtype=torch.long)
-    labels[0] = 1
-    # In some folds no text that is solved on has the label.
-    found = choose_ridge(model, replace(states.select(range(30)), labels=labels), resolved(tmp_path))
-    assert found.ridge in RIDGES
+    # Where the text of a rare label is held out, no other has the label, and a bias alone would decide on the loss.
+    rare = states.labels.clone()
+    rare[rare == 2] = 0
+    rare[7] = 2
+    caplog.set_level("INFO", logger=module.__name__)
+    with_rare = choose_ridge(model, replace(states, labels=rare), resolved(tmp_path))
+    assert "1 texts have a label that the rest of a fold lacks" in caplog.text
+    assert with_rare.losses[0][1] < 0.8
+    many = torch.stack([states.labels == 0, states.labels == 1, rare == 2], dim=1).float()
+    caplog.clear()
+    choose_ridge(make_model("multi_label"), replace(states, labels=many), resolved(tmp_path, "multi_label"))
+    assert "1 texts have a label that the rest of a fold lacks" in caplog.text
+
+
+def test_folds_that_leave_nothing_to_learn_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    targets = torch.zeros(40)
+    targets[3] = 1.0
+    regression = replace(make_states("regression").select(range(40)), labels=targets)
+    assert choose_ridge(make_model("regression"), regression, resolved(tmp_path, "regression")).ridge == USUAL
+    assert "ridge=0.05: the targets are all alike in a fold" in caplog.text
+    weights = torch.zeros(40)
+    weights[3] = 1.0
+    states = replace(make_states("single_label").select(range(40)), weights=weights)
+    assert choose_ridge(make_model("single_label"), states, resolved(tmp_path)).ridge == USUAL
+    assert "ridge=0.05: the weights are all 0 in a fold" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["single_label", "preference"])
+def test_rows_give_the_ridge_that_their_states_give(task: Any, tmp_path: Path) -> None:
+    states = make_states(task, 60)
+    numbers = torch.linspace(0.1, 2.0, 60)
+    states = replace(states, weights=numbers, margins=numbers.flip(0) if task == "preference" else None)
+    rows = [
+        {"pooled": pooled, "unintended_activations": activations, "labels": int(label), "weight": float(weight)}
+        | ({} if states.margins is None else {"margin": float(states.margins[i])})
+        for i, (pooled, activations, label, weight) in enumerate(
+            zip(states.pooled, states.activations, states.labels, numbers, strict=True)
+        )
+    ]
+    choices = []
+    for dataset in (states, rows):
+        trainer = RegularizedTrainer(make_model(task), make_args(tmp_path, max_steps=1), dataset)
+        trainer.train()
+        choices.append(trainer.ridge_choice)
+    assert choices[0] == choices[1]
+    assert choices[0] != choose_ridge(make_model(task), replace(states, weights=None), trainer.args)
 
 
 def test_a_trained_head_is_at_the_optimum_of_the_ridge(tmp_path: Path) -> None:

@@ -46,12 +46,14 @@ class FittedHead:
         erase (`Callable`): what happens to raw pooled states before the head; the identity but for `leace` and
             `projection`.
         history (`list[dict]`): the Trainer's log.
+        ridge (`float`): of the training; 0 without.
     """
 
     name: str
     model: RegularizedSequenceClassifier
     erase: Callable[[Tensor], Tensor]
     history: list[dict[str, float]]
+    ridge: float = 0.0
 
     @torch.inference_mode()
     def states(self, states: PooledStates) -> Tensor:
@@ -97,7 +99,7 @@ def fit_head(
     model.eval()
     if normed:
         remove_parametrizations(model.score, "weight")
-    return FittedHead(name, model, erase or _identity, trainer.state.log_history)
+    return FittedHead(name, model, erase or _identity, trainer.state.log_history, trainer.ridge)
 
 
 def fit_baseline(

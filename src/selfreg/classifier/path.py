@@ -165,7 +165,7 @@ def weight_path(
         validation: pooled states to choose by. None: a fifth of `train`, with the same share of every label where
             there is one label a text. Given ones are judged with the offsets that they bring, if any.
         points: of the path, the first without the terms that are chosen.
-        ridge: of all points; searched among `RIDGES` if None.
+        ridge: of all points; None: that of `args` where it is a number more than 0, and else searched among `RIDGES`.
         measure (*optional*): called with the model at each point and the validation states, for `PathPoint.figures`.
 
     Raises:
@@ -175,6 +175,8 @@ def weight_path(
     if not auto:
         raise ValueError(f"a path needs a weight that is 'auto'; {', '.join(UNIT)} are both numbers")
     args = args.resolve_defaults(model.task, model.config.num_unintended, can_offset=True)
+    if ridge is None and args.ridge not in (AUTO, 0.0):
+        ridge = args.ridge
     train = with_offsets(model, args, train)
     if validation is None:
         train, validation = split(model, train, args.seed)
@@ -369,10 +371,11 @@ def resolve_weights(
 ) -> tuple[RegularizedTrainingArguments, WeightPath | None]:
     """`args` with every `"auto"` replaced by the weight that the path chooses, and the path.
 
-    `RegularizedTrainer` does not solve quite the same problem: AdamW's decoupled decay shrinks every weight by
-    lr · `weight_decay` a step, beside steps that are scaled by 1/√v, v the mean square of the gradient. At rest that
-    is a ridge of `weight_decay` · √v, another one for each weight, and smaller the better the texts are told apart.
-    The weights of the two terms have the same meaning in both: they stand beside the same mean loss.
+    `RegularizedTrainer` does not solve quite the same problem. Its ridge, where it is chosen as well, is chosen after
+    the weights, with the terms in place (`ridge.choose_ridge`). Where there is a `weight_decay` instead, AdamW shrinks
+    every weight by lr · `weight_decay` a step, beside steps that are scaled by 1/√v, v the mean square of the
+    gradient: at rest a ridge of `weight_decay` · √v, another one for each weight. The weights of the two terms have
+    the same meaning in all: they stand beside the same mean loss.
 
     Args:
         model: the classifier; left as it was.

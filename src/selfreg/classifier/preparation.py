@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from selfreg.classifier.arguments import AUTO
-from selfreg.classifier.collator import labels_of, pooled_dataset
+from selfreg.classifier.collator import labels_of, numbers_of, pooled_dataset
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.path import UNIT, WeightPath, resolve_weights
 from selfreg.classifier.states import PooledStates
@@ -137,7 +137,7 @@ def chosen_weights(
 
 
 def stacked(model: RegularizedSequenceClassifier, dataset: Any, *, needs_activations: bool) -> PooledStates:
-    """Rows of `pooled`, `labels` and `unintended_activations` as one.
+    """Rows of `pooled`, `labels`, `unintended_activations`, and of `weight` and `margin` where there are, as one.
 
     Raises:
         ValueError: the activations are needed, and not there.
@@ -153,4 +153,6 @@ def stacked(model: RegularizedSequenceClassifier, dataset: Any, *, needs_activat
         for name in ("pooled", "unintended_activations")
     )
     labels = as_targets(model.task, labels_of(rows), model.score.out_features, "train_dataset")
-    return PooledStates(pooled, activations, labels)
+    numbers = {name: numbers_of(rows, name) for name in ("weight", "margin")}
+    weights, margins = (None if given is None else torch.tensor(given) for given in numbers.values())
+    return PooledStates(pooled, activations, labels, weights=weights, margins=margins)

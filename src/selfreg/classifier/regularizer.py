@@ -81,6 +81,9 @@ class RegularizationMixin(PartsTrainer):
                 "UnintendedFeatures.from_pretrained(folder), or one of its other from_... methods"
             )
         super().__init__(*args, **kwargs)
+        if isinstance(self.args, RegularizedTrainingArguments) and self.args.weight_decay is None:
+            # A RegularizedTrainer has it as a number by now; with any other Trainer there is no ridge to stand for it.
+            self.args = self.args.resolve_defaults("single_label", 0, can_offset=False)
         keep_unpacked(self.model)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if is_deepspeed_zero3_enabled() or (plugin is not None and plugin.fsdp_version != 2):
@@ -120,6 +123,11 @@ class RegularizationMixin(PartsTrainer):
             raise ValueError(
                 f"remove_unintended takes features out of the states inside the model, which selfreg can't do in "
                 f"{kind}: leave it out, or use RegularizedSequenceClassifier.from_backbone"
+            )
+        if isinstance(self.args, RegularizedTrainingArguments) and self.args.ridge:
+            raise ValueError(
+                f"ridge={self.args.ridge!r} would have no effect in {type(self).__name__} with {kind}: it is for a "
+                "RegularizedSequenceClassifier in a RegularizedTrainer; use weight_decay"
             )
         if not head.weight.requires_grad:
             raise ValueError(

@@ -6,7 +6,8 @@ D hidden size.
 
 import copy
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,14 @@ from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import task_loss
 from selfreg.classifier.terms import Regularizer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
+from selfreg.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
 RIDGES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 FOLDS = 5
 USUAL = 0.05
-"""Where there are too few texts to choose by: the middle of what was chosen on the data sets of docs/evidence.md."""
+"""Where the texts are too few or too much alike to choose by."""
 Rows = NDArray[np.intp]
 _LEAST, _MANY = 2 * FOLDS, 5000
 # As in `path`: to choose by, not to keep.
@@ -56,39 +58,79 @@ def choose_ridge(
 
     Each text is held out once, in five folds; of more than 5,000 texts a fifth is. A loss is told from the best where
     the difference is more than one standard error of it, over the same texts. The loss is that of logits + offset
-    where there are offsets, as in training: with what the features say set aside, leaning on them gains nothing.
+    where there are offsets, as in training: with what the features say set aside, leaning on them gains nothing. A
+    text whose label comes in none of those that its head was solved on does not count.
+
+    A Trainer with a `loss_of` of its own trains another loss than the one that this ridge is chosen for.
 
     Args:
         model: the classifier; left as it is.
         states: pooled states of the training set, with the offsets as they are added in training, if any.
         args: the weights as numbers, `similarity`, `class_weights`, `preference_loss`, `label_smoothing_factor`,
             `logit_decay` and `seed`.
+
+    Returns:
+        the choice; of fewer than ten texts, and of those that leave a fold nothing to learn from (targets that are all
+        alike, weights that are all 0), `USUAL`, with a warning.
     """
+    args = args.resolve_defaults(model.task, model.config.num_unintended, can_offset=True)
     if len(states) < _LEAST:
-        logger.warning("ridge=%g: %d training texts are too few to choose one by", USUAL, len(states))
-        return RidgeChoice(USUAL, USUAL, [])
+        return _usual(f"{len(states)} training texts are too few to choose one by")
+    parts = _folds(model, states, args.seed)
+    for rows, _ in parts:
+        if why := _nothing_to_learn(model, states.select(rows)):
+            return _usual(f"{why} in a fold of the training texts, so that none can be chosen by them")
     head = _head_alone(model)
     of_labels = label_weights(args, states.labels, model)
     of_labels = None if of_labels is None else of_labels.cpu()
-    folds = [_Fold(head, states, args, of_labels, *rows) for rows in _folds(head, states, args.seed)]
-    judged = states if len(folds) > 1 else states.select(folds[0].held_out)
+    folds = [_Fold(head, states, args, of_labels, *rows) for rows in parts]
+    order = np.concatenate([fold.held_out for fold in folds])
+    judged = states.select(order)
+    judged = replace(judged, weights=_counted(judged, torch.cat([fold.knows for fold in folds])))
     head.set_standardization(states.pooled, states.labels)
     losses: list[tuple[float, float]] = []
     pulls: list[Tensor] = []
-    for ridge in RIDGES:
-        logits = torch.cat([fold.logits(ridge) for fold in folds])
-        if len(folds) > 1:
-            logits = logits[np.argsort(np.concatenate([fold.held_out for fold in folds]))]
-        loss, pull = _loss(head, judged, logits, of_labels, args)
-        losses.append((ridge, loss))
-        pulls.append(pull)
-        if len(losses) > 1 and loss > losses[-2][1]:
-            break
+    with progress("ridge by cross-validation", len(RIDGES) * len(folds), "heads") as advance:
+        for ridge in RIDGES:
+            logits = []
+            for fold in folds:
+                logits.append(fold.logits(ridge))
+                advance(1)
+            loss, pull = _loss(head, judged, torch.cat(logits), of_labels, args)
+            losses.append((ridge, loss))
+            pulls.append(pull)
+            if len(losses) > 1 and loss > losses[-2][1]:
+                break
+    if not all(math.isfinite(loss) for _, loss in losses):
+        return _usual(f"the losses of held-out texts are not finite ({losses})")
     best = min(range(len(losses)), key=lambda i: losses[i][1])
     chosen = next(
         i for i in range(best + 1) if losses[i][1] - losses[best][1] <= float((pulls[i] - pulls[best]).norm())
     )
     return RidgeChoice(losses[chosen][0], losses[best][0], losses)
+
+
+def _usual(why: str) -> RidgeChoice:
+    logger.warning("ridge=%g: %s", USUAL, why)
+    return RidgeChoice(USUAL, USUAL, [])
+
+
+def _nothing_to_learn(model: RegularizedSequenceClassifier, states: PooledStates) -> str:
+    """Why no head can be solved on the texts; empty where one can."""
+    if states.weights is not None and not bool(states.weights.sum() > 0):
+        return "the weights are all 0"
+    if model.task == "regression" and not bool(states.labels.double().std(correction=0) > 0):
+        return "the targets are all alike"
+    if bool((states.pooled == states.pooled.flatten(0, -2)[0]).all()):
+        return "the states are all alike"
+    return ""
+
+
+def _counted(states: PooledStates, knows: Tensor) -> Tensor | None:
+    if bool(knows.all()):
+        return states.weights
+    logger.info("%d texts have a label that the rest of a fold lacks", int((~knows).sum()))
+    return knows.float() if states.weights is None else states.weights * knows
 
 
 def _head_alone(model: RegularizedSequenceClassifier) -> RegularizedSequenceClassifier:
@@ -124,7 +166,15 @@ class _Fold:
     ) -> None:
         own = states.select(rows)
         self.held_out, self.head = held_out, copy.deepcopy(head)
-        self.pooled = states.pooled[torch.from_numpy(held_out)]
+        judged = states.select(held_out)
+        self.pooled = judged.pooled
+        # Whether a text's label is among those that the head is solved on: a bias alone, which no ridge holds, would
+        # take it for ever less likely.
+        self.knows = torch.ones(len(held_out), dtype=torch.bool)
+        if head.task == "single_label":
+            self.knows = torch.isin(judged.labels, own.labels)
+        elif head.task == "multi_label":
+            self.knows = ~((judged.labels > 0) & ~(own.labels > 0).any(dim=0)).any(dim=1)
         self.regularizer: Regularizer | None = None
         if args.dependence_weight and head.config.num_unintended:
             self.regularizer = fitted_regularizer(self.head, own, args)

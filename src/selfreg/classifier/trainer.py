@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -134,8 +135,8 @@ class RegularizedTrainer(RegularizationMixin):
             can_offset = model.backbone_is_frozen and knows_features(train_dataset)
             args = args.resolve_defaults(model.task, model.config.num_unintended, can_offset=can_offset)
             check_offset(args, model, train_dataset)
-            if args.offset_weight or args.logit_decay:
-                logger.info("offset_weight=%g, logit_decay=%g", args.offset_weight, args.logit_decay)
+            names = ("offset_weight", "logit_decay", "ridge", "weight_decay")
+            logger.info(", ".join(f"{name}={getattr(args, name)}" for name in names))
             self._label_weights = label_weights(args, labels, model)
             check_logits(args, model)
             if labels is not None:
@@ -340,7 +341,7 @@ class RegularizedTrainer(RegularizationMixin):
         self._restore(Path(str(self.state.best_model_checkpoint)))
 
     def _shard(self) -> None:
-        from accelerate.utils import fsdp2_prepare_model  # type: ignore[import-untyped]
+        from accelerate.utils import fsdp2_prepare_model
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         if not is_sharded(self.model):
@@ -368,9 +369,13 @@ class RegularizedTrainer(RegularizationMixin):
         model.set_standardization(states.pooled, states.labels)
         self.ridge = 0.0 if self.args.ridge == AUTO else self.args.ridge
         if self.args.ridge == AUTO:
-            self.ridge_choice = choose_ridge(model, replace(states, offsets=self.offsets), self.args)
+            chosen = [choose_ridge(model, replace(states, offsets=self.offsets), self.args)]
+            if self.args.world_size > 1:
+                # Rounding differs between machines, and a loss has one ridge.
+                broadcast_object_list(chosen)
+            self.ridge_choice = chosen[0]
             self.ridge = self.ridge_choice.ridge
-            logger.info("ridge=%g chosen by cross-validation", self.ridge)
+            logger.info("ridge=%g chosen by cross-validation: %s", self.ridge, self.ridge_choice.losses)
         if self.args.dependence_weight and model.config.num_unintended:
             differences, activations = states.compared
             # The mean of the standardisation is held constant anyway.

@@ -78,10 +78,11 @@ def test_every_task_and_the_model_stays_as_it_was(task: Any, tmp_path: Path) -> 
     assert choose_ridge(model, with_offsets(model, args, states), args) == found
 
 
-def test_labels_that_nothing_tells_get_the_strongest(tmp_path: Path) -> None:
+def test_labels_that_nothing_tells_get_the_strongest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     states = make_states("single_label")
     labels = torch.randint(0, 3, (len(states),), generator=torch.Generator().manual_seed(0))
     assert choose_ridge(make_model("single_label"), replace(states, labels=labels), resolved(tmp_path)).ridge == 1.0
+    assert "ridge=1, the strongest that is tried, is no worse than the best on held-out texts (loss 1." in caplog.text
 
 
 def test_offsets_and_terms_are_in_it(tmp_path: Path) -> None:

@@ -107,6 +107,12 @@ def choose_ridge(
     chosen = next(
         i for i in range(best + 1) if losses[i][1] - losses[best][1] <= float((pulls[i] - pulls[best]).norm())
     )
+    if chosen == 0:
+        logger.warning(
+            "ridge=%g, the strongest that is tried, is no worse than the best on held-out texts (loss %.3f): the "
+            "states hardly tell the labels",
+            *losses[0],
+        )
     return RidgeChoice(losses[chosen][0], losses[best][0], losses)
 
 

@@ -26,6 +26,7 @@ from selfreg import (
     adapter_head,
     evaluate_classifier,
 )
+from selfreg.classifier.ridge import RIDGES
 from selfreg.evaluation.classifier import FIGURES
 from selfreg.features.chat import Choice, Conversation
 from selfreg.features.decisions import DecisionLog
@@ -121,6 +122,8 @@ def test_whole_run_and_what_it_leaves(folder: Path, tmp_path: Path) -> None:
     assert set(metrics["features"]) == {"total", "explained", "unintended"}
     assert metrics["features"]["unintended"] == 6
     assert list(metrics["methods"]) == ["selfreg", *BASELINES]
+    assert set(metrics["ridge"]) == {"selfreg", "l2"}
+    assert set(metrics["ridge"].values()) <= set(RIDGES)
     for method in metrics["methods"].values():
         assert set(method) == {"test", "shifted"}
         for figures in method.values():

@@ -105,6 +105,7 @@ class _Run:
             },
             "methods": {name: method["figures"] for name, method in methods.items()},
             "groups": {name: method["cells"] for name, method in methods.items()},
+            "ridge": {name: method["ridge"] for name, method in methods.items() if "ridge" in method},
         }
         metrics["drift"] = methods["selfreg"].get("drift")
         if metrics["drift"] is not None:

@@ -10,11 +10,10 @@ from transformers import HfArgumentParser
 
 from path_helpers import TASKS, make_model, make_states
 from selfreg import RegularizedTrainingArguments
+from selfreg.classifier.held_out import TO_CHOOSE_BY, HeldOutLoss
 from selfreg.classifier.offset import with_offsets
 from selfreg.classifier.path import (
-    _SOLVER,
     RIDGES,
-    _Loss,
     fitted_regularizer,
     resolve_weights,
     split,
@@ -93,13 +92,13 @@ def test_a_point_is_the_optimum_that_a_cold_start_finds_and_takes_fewer_iteratio
     path = weight_path(model, train, make_args(tmp_path), validation=validation)
     # As the path has them, from the texts that it solves on.
     train = with_offsets(model, make_args(tmp_path, offset_weight=OFFSET_WEIGHT), train)
-    loss = _Loss(None, "bradley_terry")
+    loss = HeldOutLoss(None, "bradley_terry")
     cold = 0
     for point in path.points:
         args = make_args(tmp_path, penalty_weight=point.penalty_weight, dependence_weight=point.dependence_weight)
         terms = fitted_regularizer(model, train, args)
         problem = HeadProblem(model, train, logit_decay=LOGIT_DECAY)
-        cold += problem.solve(terms, ridge=path.ridge, **_SOLVER).iterations
+        cold += problem.solve(terms, ridge=path.ridge, **TO_CHOOSE_BY).iterations
         assert point.validation_loss == pytest.approx(loss.with_error(model, validation)[0], abs=2e-3)
         solve_head(model, train, terms, ridge=path.ridge, logit_decay=LOGIT_DECAY)
         tight, error = loss.with_error(model, validation)
@@ -114,13 +113,14 @@ def test_the_error_is_that_of_a_mean() -> None:
     model = make_model("single_label", states)
     solve_head(model, states, None)
     losses = torch.nn.functional.cross_entropy(model.logits(states.pooled), states.labels, reduction="none").detach()
-    mean, error = _Loss(None, "bradley_terry").with_error(model, states)
+    mean, error = HeldOutLoss(None, "bradley_terry").with_error(model, states)
     assert mean == pytest.approx(float(losses.mean()), rel=1e-5)
     assert error == pytest.approx(float(losses.std(correction=0)) / 10, rel=1e-4)
     # A text of weight 0 is not there.
     weights = (torch.arange(100) < 60).float()
-    part = _Loss(None, "bradley_terry").with_error(model, states.select(range(60)))
-    assert _Loss(None, "bradley_terry").with_error(model, replace(states, weights=weights)) == pytest.approx(part)
+    loss = HeldOutLoss(None, "bradley_terry")
+    part = loss.with_error(model, states.select(range(60)))
+    assert loss.with_error(model, replace(states, weights=weights)) == pytest.approx(part)
 
 
 def test_the_split_keeps_every_labels_share_and_is_seeded() -> None:

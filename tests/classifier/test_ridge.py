@@ -68,7 +68,6 @@ def test_every_task_and_the_model_stays_as_it_was(task: Any, tmp_path: Path) -> 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     args = resolved(tmp_path, task)
     found = choose_ridge(model, with_offsets(model, args, states), args)
-    assert found.best <= found.ridge
     assert [ridge for ridge, _ in found.losses] == list(RIDGES[: len(found.losses)])
     losses = [loss for _, loss in found.losses]
     # From the strongest, as far as the loss falls.

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from conftest import tiny_backbone, word_tokenizer
-from helpers import make_classifier, make_sae
+from helpers import SECOND_IS_BEST, make_classifier, make_sae, train_and_restore_the_second
 from selfreg import (
     HiddenStateExtractor,
     RegularizedSequenceClassifier,
@@ -197,33 +197,9 @@ def test_targets_are_softened_in_training_alone(
 
 
 def test_best_checkpoint_is_restored_whole(frozen: HiddenStateExtractor, texts: list[str], tmp_path: Path) -> None:
-    rows = make_rows(texts)
-    args = make_args(
-        tmp_path / "t",
-        num_train_epochs=4,
-        learning_rate=0.1,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="told",
-        greater_is_better=True,
-        lr_scheduler_type="constant",
-    )
     model = make_classifier(frozen)
-    # Which epoch is the best is told: a loss that turns on one CPU falls to the end on another.
-    scores = iter([0.2, 0.9, 0.1, 0.3])
-    trainer = RegularizedTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=rows,
-        compute_metrics=lambda _: {"told": next(scores)},
-    )
-    trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert losses[1] != pytest.approx(losses[-1], rel=1e-2), "the best is as the last: this shows nothing"
-    trainer.compute_metrics = None
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[1], rel=1e-4)
+    args = make_args(tmp_path / "t", **SECOND_IS_BEST)
+    train_and_restore_the_second(model, args, make_rows(texts))
 
 
 def test_stock_model_with_the_penalty(tmp_path: Path, texts: list[str]) -> None:

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from selfreg.classifier.arguments import AUTO
+from selfreg.classifier.held_out import TO_CHOOSE_BY, HeldOutLoss
 from selfreg.classifier.inputs import check_logits, label_weights
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.offset import with_offsets
 from selfreg.classifier.penalty import dependence_directions
 from selfreg.classifier.solver import HeadProblem
 from selfreg.classifier.states import PooledStates
-from selfreg.classifier.tasks import PreferenceLoss, held_constant, task_loss
+from selfreg.classifier.tasks import held_constant
 from selfreg.classifier.terms import Regularizer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.utils.files import write_json
@@ -42,10 +42,6 @@ RIDGES = (1.0, 0.1, 1e-2, 1e-3, 1e-4)
 # gets there: on the demo's notes RegularizedTrainer's training loss is 0.02 without the terms, 0.06 at three times the
 # unit, 0.23 at 32 times and 0.50 at a hundred.
 _RANGE = (0.01, 10.0)
-# To choose by, not to keep: next to the tightest the validation losses of 6,400 states are off by 2e-4 at most, a 70th
-# of their standard error, for less than half the time.
-_SOLVER: dict[str, Any] = {"tolerance": 1e-3, "smoothing": (1e-2, 1e-3)}
-
 Measure = Callable[[RegularizedSequenceClassifier, PooledStates], Mapping[str, float | None]]
 
 
@@ -207,7 +203,7 @@ def _solve_path(
 ) -> WeightPath:
     check_logits(args, model)
     regularizer = fitted_regularizer(model, train, _with(args, dict.fromkeys(auto, 0.0)))
-    loss = _Loss(label_weights(args, train.labels, model), args.preference_loss)  # type: ignore[arg-type]
+    loss = HeldOutLoss(label_weights(args, train.labels, model), args.preference_loss)  # type: ignore[arg-type]
     problem = HeadProblem(
         model,
         train,
@@ -225,7 +221,7 @@ def _solve_path(
         own = copy.copy(regularizer)
         for name in auto:
             setattr(own, name, strength * UNIT[name])
-        solved = problem.solve(own, ridge=ridge, start=weight, start_bias=bias, **_SOLVER)
+        solved = problem.solve(own, ridge=ridge, start=weight, start_bias=bias, **TO_CHOOSE_BY)
         weight, bias = solved.weight, solved.bias
         if not solved.converged:
             logger.warning("the solver did not converge at strength %g of the path of weights", strength)
@@ -293,14 +289,14 @@ def split(model: RegularizedSequenceClassifier, states: PooledStates, seed: int)
 
 
 def _search_ridge(
-    problem: HeadProblem, validation: PooledStates, loss: "_Loss"
+    problem: HeadProblem, validation: PooledStates, loss: HeldOutLoss
 ) -> tuple[float, list[tuple[float, float]]]:
     """From strong to weak, as far as the validation loss falls."""
     tried: list[tuple[float, float]] = []
     errors: list[float] = []
     weight = bias = None
     for ridge in RIDGES:
-        solved = problem.solve(None, ridge=ridge, start=weight, start_bias=bias, **_SOLVER)
+        solved = problem.solve(None, ridge=ridge, start=weight, start_bias=bias, **TO_CHOOSE_BY)
         weight, bias = solved.weight, solved.bias
         mean, error = loss.with_error(problem.model, validation)
         tried.append((ridge, mean))
@@ -310,41 +306,6 @@ def _search_ridge(
     # From weak to strong, as the rule has them.
     chosen, _ = strongest_within([mean for _, mean in reversed(tried)], errors[::-1])
     return tried[-1 - chosen][0], tried
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """The task loss of a head over cached states."""
-
-    label_weights: Tensor | None
-    preference_loss: PreferenceLoss
-
-    def with_error(self, model: RegularizedSequenceClassifier, states: PooledStates) -> tuple[float, float]:
-        """The (weighted) mean over texts and its standard error.
-
-        The error is sqrt(Σ (v_i ∂m/∂v_i)²) for the mean m = Σ v_i l_i / Σ v_i with weights v: how much each text
-        moves it. With equal weights that is the losses' standard deviation over √N.
-        """
-        with torch.no_grad():
-            logits = model.logits(states.pooled.to(model.score.weight.device)).cpu().double()
-        if states.offsets is not None:
-            # With what the features say set aside, leaning on them costs nothing and gains nothing.
-            logits = logits + states.offsets.double()
-        weights = torch.ones(len(states)) if states.weights is None else states.weights
-        weights = weights.double().requires_grad_()
-        scale = model.loss_scale
-        mean = task_loss(
-            model.task,
-            logits,
-            states.labels,
-            sample_weights=weights,
-            label_weights=self.label_weights,
-            margins=states.margins,
-            target_scale=scale.cpu() if isinstance(scale, Tensor) else scale,
-            preference_loss=self.preference_loss,
-        )
-        (slope,) = torch.autograd.grad(mean, weights)
-        return float(mean.detach()), float((weights.detach() * slope).pow(2).sum().sqrt())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -13,6 +14,7 @@ from selfreg.classifier.arguments import AUTO
 from selfreg.classifier.collator import labels_of, numbers_of, pooled_dataset
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.path import UNIT, WeightPath, resolve_weights
+from selfreg.classifier.ridge import RidgeChoice, choose_ridge
 from selfreg.classifier.states import PooledStates
 from selfreg.classifier.tasks import as_targets
 from selfreg.classifier.training_args import RegularizedTrainingArguments
@@ -134,6 +136,18 @@ def chosen_weights(
     numbers = ", ".join(f"{name}={getattr(resolved, name):g}" for name in auto)
     logger.info("chosen by validation loss: %s", numbers)
     return resolved, path
+
+
+def chosen_ridge(
+    model: RegularizedSequenceClassifier, args: RegularizedTrainingArguments, states: PooledStates
+) -> RidgeChoice:
+    """`choose_ridge`, the same for all processes."""
+    choices = [choose_ridge(model, states, args)]
+    if args.world_size > 1:
+        # Rounding differs between machines, and a loss has one ridge.
+        broadcast_object_list(choices)
+    logger.info("ridge=%g chosen by cross-validation: %s", choices[0].ridge, choices[0].losses)
+    return choices[0]
 
 
 def stacked(model: RegularizedSequenceClassifier, dataset: Any, *, needs_activations: bool) -> PooledStates:

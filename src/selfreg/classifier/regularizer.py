@@ -82,7 +82,7 @@ class RegularizationMixin(PartsTrainer):
             )
         super().__init__(*args, **kwargs)
         if isinstance(self.args, RegularizedTrainingArguments) and self.args.weight_decay is None:
-            # A RegularizedTrainer has it as a number by now; with any other Trainer there is no ridge to stand for it.
+            # Still open for a stock model, and for any other Trainer than a RegularizedTrainer: none has a ridge.
             self.args = self.args.resolve_defaults("single_label", 0, can_offset=False)
         keep_unpacked(self.model)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None

@@ -8,19 +8,18 @@ import copy
 import logging
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from selfreg.classifier.held_out import TO_CHOOSE_BY, HeldOutLoss
 from selfreg.classifier.inputs import label_weights
 from selfreg.classifier.modeling import RegularizedSequenceClassifier
 from selfreg.classifier.path import fitted_regularizer
 from selfreg.classifier.solver import HeadProblem
 from selfreg.classifier.states import PooledStates
-from selfreg.classifier.tasks import task_loss
 from selfreg.classifier.terms import Regularizer
 from selfreg.classifier.training_args import RegularizedTrainingArguments
 from selfreg.utils.progress import progress
@@ -33,8 +32,6 @@ USUAL = 0.05
 """Where the texts are too few or too much alike to choose by."""
 Rows = NDArray[np.intp]
 _LEAST, _MANY = 2 * FOLDS, 5000
-# As in `path`: to choose by, not to keep.
-_SOLVER: dict[str, Any] = {"tolerance": 1e-3, "smoothing": (1e-2, 1e-3)}
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,7 @@ def choose_ridge(
     judged = states.select(order)
     judged = replace(judged, weights=_counted(judged, torch.cat([fold.knows for fold in folds])))
     head.set_standardization(states.pooled, states.labels)
+    held_out = HeldOutLoss(of_labels, args.preference_loss)  # type: ignore[arg-type]
     losses: list[tuple[float, float]] = []
     pulls: list[Tensor] = []
     with progress("ridge by cross-validation", len(RIDGES) * len(folds), "heads") as advance:
@@ -96,9 +94,9 @@ def choose_ridge(
             for fold in folds:
                 logits.append(fold.logits(ridge))
                 advance(1)
-            loss, pull = _loss(head, judged, torch.cat(logits), of_labels, args)
+            loss, own_pulls = held_out.with_pulls(head, judged, torch.cat(logits))
             losses.append((ridge, loss))
-            pulls.append(pull)
+            pulls.append(own_pulls)
             if len(losses) > 1 and loss > losses[-2][1]:
                 break
     if not all(math.isfinite(loss) for _, loss in losses):
@@ -201,33 +199,9 @@ class _Fold:
 
     def logits(self, ridge: float) -> Tensor:
         """Of the texts held out; each ridge starts from the one before."""
-        solved = self.problem.solve(self.regularizer, ridge=ridge, start=self.weight, start_bias=self.bias, **_SOLVER)
+        solved = self.problem.solve(
+            self.regularizer, ridge=ridge, start=self.weight, start_bias=self.bias, **TO_CHOOSE_BY
+        )
         self.weight, self.bias = solved.weight, solved.bias
         with torch.no_grad():
             return self.head.logits(self.pooled).double()
-
-
-def _loss(
-    head: RegularizedSequenceClassifier,
-    states: PooledStates,
-    logits: Tensor,
-    label_weights: Tensor | None,
-    args: RegularizedTrainingArguments,
-) -> tuple[float, Tensor]:
-    """The mean loss of texts, and how much each of them moves it, `[N]`; see `path._Loss.with_error`."""
-    if states.offsets is not None:
-        logits = logits + states.offsets.double()
-    weights = torch.ones(len(states)) if states.weights is None else states.weights
-    weights = weights.double().requires_grad_()
-    mean = task_loss(
-        head.task,
-        logits,
-        states.labels,
-        sample_weights=weights,
-        label_weights=label_weights,
-        margins=states.margins,
-        target_scale=head.loss_scale,
-        preference_loss=args.preference_loss,  # type: ignore[arg-type]
-    )
-    (slope,) = torch.autograd.grad(mean, weights)
-    return float(mean.detach()), weights.detach() * slope

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -39,13 +38,14 @@ from selfreg.classifier.preparation import (
     RowsWithOffsets,
     beside_offsets,
     check_offset,
+    chosen_ridge,
     chosen_weights,
     knows_features,
     refuse_unused,
     stacked,
 )
 from selfreg.classifier.regularizer import RegularizationMixin
-from selfreg.classifier.ridge import RidgeChoice, choose_ridge
+from selfreg.classifier.ridge import RidgeChoice
 from selfreg.classifier.running import batch_constant
 from selfreg.classifier.shares import COUNTS, counts_of_last
 from selfreg.classifier.states import PooledStates
@@ -166,8 +166,6 @@ class RegularizedTrainer(RegularizationMixin):
             args.label_smoothing_factor = 0.0
         else:
             refuse_unused(args, kwargs, STOCK_UNUSED)
-            if isinstance(args, RegularizedTrainingArguments):
-                args = args.resolve_defaults("single_label", 0, can_offset=False)
         super().__init__(
             model,
             args,
@@ -341,7 +339,7 @@ class RegularizedTrainer(RegularizationMixin):
         self._restore(Path(str(self.state.best_model_checkpoint)))
 
     def _shard(self) -> None:
-        from accelerate.utils import fsdp2_prepare_model
+        from accelerate.utils import fsdp2_prepare_model  # type: ignore[import-untyped]
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         if not is_sharded(self.model):
@@ -367,15 +365,11 @@ class RegularizedTrainer(RegularizationMixin):
             states = pooled_dataset(model, dataset)
         self.offsets = with_offsets(model, self.args, states).offsets
         model.set_standardization(states.pooled, states.labels)
-        self.ridge = 0.0 if self.args.ridge == AUTO else self.args.ridge
-        if self.args.ridge == AUTO:
-            chosen = [choose_ridge(model, replace(states, offsets=self.offsets), self.args)]
-            if self.args.world_size > 1:
-                # Rounding differs between machines, and a loss has one ridge.
-                broadcast_object_list(chosen)
-            self.ridge_choice = chosen[0]
+        if self.args.ridge != AUTO:
+            self.ridge = self.args.ridge
+        else:
+            self.ridge_choice = chosen_ridge(model, self.args, replace(states, offsets=self.offsets))
             self.ridge = self.ridge_choice.ridge
-            logger.info("ridge=%g chosen by cross-validation: %s", self.ridge, self.ridge_choice.losses)
         if self.args.dependence_weight and model.config.num_unintended:
             differences, activations = states.compared
             # The mean of the standardisation is held constant anyway.

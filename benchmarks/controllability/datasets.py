@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from benchmarks.controllability.pool import Pool
 PLANTED_VARIANTS = ((0.8, 320), (1.0, 320), (0.95, 160))
 """Of each planted shift beside a tie of 95 % in 320 texts: other strengths of the tie, and fewer texts."""
 
+
+ASKED = "_asked"
+"""Ends the name of a data set whose texts stand behind the question that their labels answer."""
 
 NOTES_SIZES = (200, 1_000, 5_000)
 """Training texts of the notes beside 480."""
@@ -59,6 +63,15 @@ def where(rows: Iterable[dict[str, Any]], split: str) -> list[int]:
     return [i for i, row in enumerate(rows) if row["split"] == split]
 
 
+def asked(make: Callable[[], Pool]) -> Pool:
+    """The same texts, labels and draws, with the question in front of every text: nothing but the states changes."""
+    pool = make()
+    corpus = replace(pool.corpus, name=pool.corpus.name + ASKED, template=f"{pool.instruction}\n\n{{text}}")
+    return replace(
+        pool, name=pool.name + ASKED, about=f"{pool.about}; the question stands in front of every text", corpus=corpus
+    )
+
+
 def _datasets() -> dict[str, Callable[[], Pool]]:
     from benchmarks.controllability import found, tasks, ties
 
@@ -68,7 +81,7 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
         for strength, size in PLANTED_VARIANTS:
             variant = partial(ties.planted, name, strength=strength, size=size)
             planted[f"planted_{name}_tie{round(100 * strength)}_{size}"] = variant
-    return {
+    sets: dict[str, Callable[[], Pool]] = {
         "toxicchat": tasks.toxicchat,
         "preferences": tasks.preferences,
         "dxy": tasks.dxy,
@@ -83,6 +96,8 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
         "cebab_edits": found.cebab_edits,
         **planted,
     }
+    questions = {name + ASKED: partial(asked, make) for name, make in sets.items() if name != "preferences"}
+    return {**sets, **questions}
 
 
 DATASETS: dict[str, Callable[[], Pool]] = _datasets()

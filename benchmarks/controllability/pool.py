@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from selfreg.classifier.tasks import Task
+from selfreg.utils.files import fingerprint_json, fingerprint_strings
 
 TIE = 0.95
 TIED = ("planted", "tie")
@@ -26,7 +27,7 @@ class Corpus:
     Attributes:
         name (`str`): names its files.
         texts (`list[str]`): the texts; of pairs the JSON of `prompt`, `chosen` and `rejected`.
-        max_length (`int`): tokens of a prompt.
+        max_length (`int`): tokens of a text; of pairs, of a prompt.
         template (`str`, *optional*): prompt around each.
     """
 
@@ -34,6 +35,11 @@ class Corpus:
     texts: list[str]
     max_length: int = 128
     template: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the backbone reads."""
+        return fingerprint_json([fingerprint_strings(self.texts), self.max_length, self.template])
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from selfreg import __version__
 from selfreg.sae.fingerprint import sae_fingerprint
-from selfreg.utils.files import fingerprint_json, fingerprint_strings, read_json, write_json
+from selfreg.utils.files import fingerprint_json, read_json, write_json
 
 FIGURES = 2
 """Version of what is measured: with another, what lies there already is computed anew."""
@@ -97,7 +97,8 @@ def run(options: Options) -> None:
         workshop(options).sae([pools[name] for name in options.sae_data])
         torch.set_num_threads(1)
     with _stage("hidden states", options.output):
-        corpora = {pools[name].corpus.name: name for name in options.only}
+        # Data sets share texts; not where they ask another question of them.
+        corpora = {(pools[name].corpus.name, pools[name].corpus.template): name for name in options.only}
         _each(extract, [(options, name) for name in corpora.values()], options.jobs)
     with _stage("heads", options.output):
         # The longest first, so that no process waits for another's last.
@@ -163,7 +164,7 @@ def run_pool(options: Options, name: str) -> str:
     keywords = shop.keyword_features(pool, sae)
     folder = options.output / "results" / name
     write_json(folder / "data.json", about(pool, keywords.reasons))
-    key = [__version__, FIGURES, sae_fingerprint(sae), fingerprint_strings(pool.corpus.texts), keywords.feature_ids]
+    key = [__version__, FIGURES, sae_fingerprint(sae), pool.corpus.fingerprint, keywords.feature_ids]
     key += [pool.keywords, _budget(options.output)]
     activations, done = None, 0
     for seed in range(options.seeds):

@@ -95,11 +95,14 @@ class Workshop:
     def extractor(self, corpus: Corpus) -> HiddenStateExtractor:
         """The one backbone, set up for a corpus."""
         base = self._base
+        around = 0
+        if corpus.template not in (None, CHAT):
+            around = len(base.tokenizer(corpus.template.replace("{text}", ""))["input_ids"])
         return HiddenStateExtractor(
             base.backbone,
             base.tokenizer,
             layer=LAYER,
-            max_length=corpus.max_length,
+            max_length=corpus.max_length + around,
             template=corpus.template,
             name=base.spec.model,
             revision=base.spec.revision,
@@ -194,7 +197,7 @@ class Workshop:
 
     def finetuned(self, pool: Pool, sae: SAEForFeatureExtraction) -> SAEForFeatureExtraction:
         """The SAE fine-tuned on the training pool of a data set, as a recipe does by default."""
-        key = fingerprint_json([sae_fingerprint(sae), fingerprint_strings(pool.corpus.texts), pool.pool])
+        key = fingerprint_json([sae_fingerprint(sae), pool.corpus.fingerprint, pool.pool])
         folder = self.folder / f"sae-{pool.name}-{key[:12]}"
         if not folder.exists():
             tuned = copy.deepcopy(sae)
@@ -218,9 +221,7 @@ class Workshop:
         """Features that peak on the keywords of a data set, in the texts of its training pool; none without any."""
         if not pool.keywords:
             return UnintendedFeatures.from_ids(sae, [])
-        key = fingerprint_json(
-            [sae_fingerprint(sae), fingerprint_strings(pool.corpus.texts), pool.pool, pool.keywords]
-        )
+        key = fingerprint_json([sae_fingerprint(sae), pool.corpus.fingerprint, pool.pool, pool.keywords])
         path = self.folder / "features" / f"keywords-{pool.name}-{key[:12]}.json"
         if not path.exists():
             extractor = self.extractor(pool.corpus)
@@ -253,7 +254,7 @@ class Workshop:
         """Mean hidden states of all texts with the keywords taken out, `[N, D]`."""
         from selfreg.classifier.scrubbing import scrub
 
-        key = fingerprint_json([fingerprint_strings(pool.corpus.texts), pool.keywords, pool.corpus.max_length])
+        key = fingerprint_json([pool.corpus.fingerprint, pool.keywords])
         path = self.folder / "features" / f"scrubbed-{pool.name}-{key[:12]}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

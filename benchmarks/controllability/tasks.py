@@ -64,7 +64,7 @@ def chats() -> tuple[Corpus, list[dict[str, Any]]]:
     rows = [rows[i] for i in sorted(kept)]
     for row in rows:
         row["length"] = "long" if len(row["text"]) >= LONG else "short"
-    return Corpus("toxicchat", [row["text"] for row in rows], max_length=64), rows
+    return Corpus("toxicchat", [row["text"] for row in rows], max_length=256), rows
 
 
 def toxicchat() -> Pool:
@@ -128,7 +128,7 @@ def preferences() -> Pool:
         "preferences",
         "HH-RLHF, which reply people chose; unintended: the longer reply is the chosen one; keywords: polite and "
         "structuring boilerplate. LLMBar's adversarial pairs are the shift as found",
-        Corpus("preferences", texts, max_length=96, template=CHAT),
+        Corpus("preferences", texts, max_length=256, template=CHAT),
         [],
         [0] * len(rows),
         group,
@@ -169,7 +169,7 @@ def _keep(
 def dialogues() -> tuple[Corpus, list[dict[str, Any]]]:
     """dxy in English."""
     rows = read("diagnosis", "dxy")
-    return Corpus("dxy", [row["text"] for row in rows], max_length=96), rows
+    return Corpus("dxy", [row["text"] for row in rows], max_length=256), rows
 
 
 def ids_of(names: list[str]) -> tuple[list[str], list[int]]:

@@ -193,7 +193,7 @@ def reviews_domain() -> Pool:
     return tied_pool(
         "reviews_domain",
         "product and film reviews; the sentiment tied to the domain (books, films and music positive, goods negative)",
-        Corpus("reviews", [row["text"] for row in rows], max_length=96),
+        Corpus("reviews", [row["text"] for row in rows], max_length=256),
         ["negative", "positive"],
         [row["label"] for row in rows],
         [row["area"] for row in rows],

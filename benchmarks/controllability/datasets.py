@@ -101,3 +101,5 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
 
 
 DATASETS: dict[str, Callable[[], Pool]] = _datasets()
+SAE_DATA = tuple(name for name in DATASETS if not name.endswith(ASKED))
+"""What the SAE is trained on unless others are asked for: the texts behind a question are there already."""

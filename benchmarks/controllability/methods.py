@@ -214,7 +214,8 @@ class Trial:
         # What the group says is set aside where it is known; or what the features say, as where no group is.
         by_features = choice != "attribute" or count == "features" or self.pairs
         if count.isdigit():
-            unintended = _first(self.sae, self.all_by_attribute, int(count))
+            found = self.all_by_attribute if choice == "attribute" else unintended
+            unintended = _first(self.sae, found, int(count))
         if method == "sae_finetuned":
             tuned = self.finetuned[0]
             unintended = _first(tuned, self._by_attribute(*self.finetuned), MAX_FEATURES)

@@ -57,6 +57,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "features_10": ("attribute:10", {}),
     "features_30": ("attribute:30", {}),
     "features_300": ("attribute:300", {}),
+    "features_30_keywords": ("keywords:30", {}),
+    "features_30_random": ("random:30", {}),
     "pooling_last": ("attribute", {}),
     "removal_topk": ("attribute", {}),
     "sae_finetuned": ("attribute", {}),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.controllability.datasets import DATASETS
+from benchmarks.controllability.datasets import DATASETS, SAE_DATA
 from benchmarks.controllability.methods import DoesNotApply, Trial, head_arguments
 from benchmarks.controllability.names import ABLATIONS, METHODS
 from benchmarks.controllability.pool import Pool
@@ -66,7 +66,7 @@ def main() -> None:
         "--sae-data",
         nargs="+",
         choices=list(DATASETS),
-        default=list(DATASETS),
+        default=list(SAE_DATA),
         metavar="DATA_SET",
         help="data sets whose training texts the SAE sees: the same in every call, or it is another SAE",
     )

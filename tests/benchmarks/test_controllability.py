@@ -352,6 +352,40 @@ def test_a_second_call_computes_what_is_new_and_nothing_else(
     assert called == [(1, "balanced")]
 
 
+@pytest.mark.parametrize("changed", [{"max_length": 7}, {"template": "Is it so?\n{text}"}], ids=str)
+def test_results_of_texts_that_are_read_otherwise_are_computed_anew(
+    changed: dict[str, Any], options: Options, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = options.output / "results" / "tiny" / "seed-0" / "plain.json"
+    run.run_pool(replace(options, seeds=1, methods=("plain",)), "tiny")
+    before = json.loads(path.read_text())
+    pool = make_pool(texts)
+    monkeypatch.setitem(DATASETS, "tiny", lambda: replace(pool, corpus=replace(pool.corpus, **changed)))
+    run.run_pool(replace(options, seeds=1, methods=("plain",)), "tiny")
+    assert json.loads(path.read_text())["key"] != before["key"]
+
+
+def test_a_question_changes_what_the_backbone_reads_and_nothing_else(texts: list[str]) -> None:
+    pool, behind = make_pool(texts), datasets.asked(lambda: make_pool(texts))
+    assert behind.corpus.template == f"{pool.instruction}\n\n{{text}}"
+    assert behind.corpus.fingerprint != pool.corpus.fingerprint
+    assert (behind.corpus.texts, behind.label, behind.group) == (pool.corpus.texts, pool.label, pool.group)
+    assert behind.rows(3) == pool.rows(3)
+    assert behind.name != pool.name
+
+
+def test_a_question_takes_no_token_from_the_text(
+    extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.controllability.states.LAYER", 1)
+    shop = Workshop(tmp_path)
+    shop.__dict__["_base"] = extractor
+    long = [" ".join(texts[:20])]
+    corpora = [Corpus("long", long, 30), Corpus("long", long, 30, "What does the patient have?\n{text}")]
+    own, behind = ([end - start for _, start, end in shop.extractor(corpus).tokenize(long)] for corpus in corpora)
+    assert own == behind > [0]
+
+
 def test_results_of_other_texts_are_computed_anew(
     options: Options, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

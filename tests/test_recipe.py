@@ -35,7 +35,16 @@ def test_defaults() -> None:
     assert classifier.remove_unintended
     assert args.remove_unintended is None
     assert (classifier.epochs, classifier.learning_rate) == (args.num_train_epochs, args.learning_rate)
-    assert recipe.features.max_features == 100
+    assert recipe.features.max_features is None
+
+
+@pytest.mark.parametrize(
+    ("features", "limit"),
+    [({"attribute": "g"}, 30), ({"keywords": ["a"]}, 100), ({"attribute": "g", "max_features": 200}, 200)],
+    ids=str,
+)
+def test_so_many_features_by_attribute_and_more_otherwise(features: dict[str, Any], limit: int) -> None:
+    assert Recipe.from_dict({**minimal(), "features": features}).features.limit == limit
 
 
 @pytest.mark.parametrize(

@@ -75,29 +75,28 @@ def asked(make: Callable[[], Pool]) -> Pool:
 def _datasets() -> dict[str, Callable[[], Pool]]:
     from benchmarks.controllability import found, tasks, ties
 
-    planted: dict[str, Callable[[], Pool]] = {}
-    for name in ties.PLANTED_INSTRUCTIONS:
-        planted[f"planted_{name}"] = partial(ties.planted, name)
-        for strength, size in PLANTED_VARIANTS:
-            variant = partial(ties.planted, name, strength=strength, size=size)
-            planted[f"planted_{name}_tie{round(100 * strength)}_{size}"] = variant
     sets: dict[str, Callable[[], Pool]] = {
         "toxicchat": tasks.toxicchat,
         "preferences": tasks.preferences,
         "dxy": tasks.dxy,
         "symptom2disease": tasks.symptom2disease,
         "notes": ties.notes,
-        **{f"notes_{size}": partial(ties.many_notes, size) for size in NOTES_SIZES},
         "reviews_domain": ties.reviews_domain,
         "toxicchat_length": ties.toxicchat_length,
         "cebab_service": ties.cebab_service,
         "dxy_age": ties.dxy_age,
         "davidson": found.davidson,
         "cebab_edits": found.cebab_edits,
-        **planted,
+        **{f"planted_{name}": partial(ties.planted, name) for name in ties.PLANTED_INSTRUCTIONS},
     }
     questions = {name + ASKED: partial(asked, make) for name, make in sets.items() if name != "preferences"}
-    return {**sets, **questions}
+    sizes = {f"notes_{size}": partial(ties.many_notes, size) for size in NOTES_SIZES}
+    ties_and_sizes = {
+        f"planted_{name}_tie{round(100 * strength)}_{size}": partial(ties.planted, name, strength=strength, size=size)
+        for name in ties.PLANTED_INSTRUCTIONS
+        for strength, size in PLANTED_VARIANTS
+    }
+    return {**sets, **sizes, **ties_and_sizes, **questions}
 
 
 DATASETS: dict[str, Callable[[], Pool]] = _datasets()

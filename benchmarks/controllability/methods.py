@@ -18,7 +18,7 @@ import torch
 from benchmarks.controllability.forms import FORMS
 from benchmarks.controllability.names import ABLATIONS, BALANCED, BASELINES, ORACLES, PLAIN_LAST, SELFREG
 from benchmarks.controllability.pool import TIED, Pool, Rows
-from benchmarks.controllability.states import MAX_FEATURES, Activations, Workshop
+from benchmarks.controllability.states import Activations, Workshop
 from torch import Tensor
 from transformers import set_seed
 
@@ -36,8 +36,11 @@ from selfreg.evaluation.classifier import evaluate_head
 from selfreg.evaluation.metrics import evaluate_predictions, unintended_use
 from selfreg.evaluation.tasks import evaluate_pairs
 from selfreg.features.attribute import attribute_strength, has_two_groups
+from selfreg.features.limits import MAX_ATTRIBUTE_FEATURES
 from selfreg.utils.trainer import StepProgress
 
+MEASURED = 100
+"""Features by attribute that use and dependence are measured on, whatever a method was given."""
 ZERO_SHOT_TEXTS = 60
 """Of each eval set, drawn once: a prompt costs as much as a hundred trainings of a head."""
 
@@ -87,13 +90,14 @@ class Trial:
         self.activations, self.workshop = activations, workshop
         self.rows: Rows = pool.rows(seed)
         self.all_by_attribute = self._by_attribute(sae, activations)
-        by_attribute = _first(sae, self.all_by_attribute, MAX_FEATURES)
+        by_attribute = _first(sae, self.all_by_attribute, MAX_ATTRIBUTE_FEATURES)
         self.choices: dict[str, UnintendedFeatures] = {
             "attribute": by_attribute,
             "keywords": keywords,
-            "random": UnintendedFeatures.from_random(sae, len(by_attribute) or len(keywords), seed=seed),
+            "random": _random(sae, len(by_attribute) or len(keywords), seed),
+            "random_keywords": _random(sae, len(keywords), seed),
         }
-        self.measure = by_attribute if len(by_attribute) else keywords
+        self.measure = _first(sae, self.all_by_attribute, MEASURED) if len(by_attribute) else keywords
 
     @property
     def pairs(self) -> bool:
@@ -218,7 +222,7 @@ class Trial:
             unintended = _first(self.sae, found, int(count))
         if method == "sae_finetuned":
             tuned = self.finetuned[0]
-            unintended = _first(tuned, self._by_attribute(*self.finetuned), MAX_FEATURES)
+            unintended = _first(tuned, self._by_attribute(*self.finetuned), MAX_ATTRIBUTE_FEATURES)
         if not len(unintended):
             raise DoesNotApply(f"no feature is chosen by {choice}")
         args = replace(self.args(), remove_unintended=True)
@@ -442,6 +446,10 @@ def auc_within_groups(logits: Any, labels: Any, groups: Sequence[Any]) -> float 
             difference = logits[of_two, one] - logits[of_two, other]
             found.append(float(roc_auc_score(labels[of_two] == one, difference)))
     return float(np.mean(found)) if found else None
+
+
+def _random(sae: SAEForFeatureExtraction, count: int, seed: int) -> UnintendedFeatures:
+    return UnintendedFeatures.from_random(sae, count, seed=seed) if count else UnintendedFeatures.from_ids(sae, [])
 
 
 def _first(sae: SAEForFeatureExtraction, features: UnintendedFeatures, count: int) -> UnintendedFeatures:

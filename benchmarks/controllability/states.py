@@ -38,13 +38,13 @@ from selfreg.activations.writer import StoreWriter
 from selfreg.classifier.penalty import feature_activations
 from selfreg.demo.recipe import demo_backbone
 from selfreg.features.activations import largest_activations
+from selfreg.features.limits import MAX_FEATURES
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.sae.statistics import evaluate_sae
 from selfreg.utils.files import atomic_folder, fingerprint_json, fingerprint_strings, read_json, write_json
 
 LAYER = 15
 NUM_FEATURES, K = 4_608, 32
-MAX_FEATURES = 100
 _CHUNK = 4_096
 
 

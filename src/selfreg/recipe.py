@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from selfreg.activations.conversation import CHAT
+from selfreg.features.limits import MAX_ATTRIBUTE_FEATURES, MAX_FEATURES
 from selfreg.utils.files import fingerprint_file, fingerprint_json
 from selfreg.utils.validation import explain_errors
 
@@ -139,8 +140,19 @@ class FeaturesRecipe(_Part):
     keywords: list[str] | None = Field(None, description="Words looked for in spans and explanations.")
     attribute: str | None = Field(None, description="Column of the training data.")
     ids: list[int] | None = Field(None, description="Features by number.")
-    max_features: int = Field(100, ge=1)
+    max_features: int | None = Field(
+        None,
+        ge=1,
+        description=f"How many at most: {MAX_ATTRIBUTE_FEATURES} by attribute, else {MAX_FEATURES}, if None.",
+    )
     random: int | None = Field(None, ge=1, description="So many at random: a control, not a choice.")
+
+    @property
+    def limit(self) -> int:
+        """How many features are chosen at most."""
+        if self.max_features is not None:
+            return self.max_features
+        return MAX_ATTRIBUTE_FEATURES if self.method == "attribute" else MAX_FEATURES
 
     @field_validator("judge", mode="before")
     @classmethod

@@ -233,7 +233,7 @@ class _Run:
     ) -> UnintendedFeatures:
         recipe, train = self.recipe.features, self.data.train
         folder = self.output / "unintended"
-        limit = recipe.max_features
+        limit = recipe.limit
 
         def work() -> dict[str, int]:
             match recipe.method:

@@ -112,9 +112,10 @@ def test_no_text_of_a_data_set_is_both_trained_on_and_measured(
         assert reversed_share == pytest.approx(share, abs=0.02)
 
 
-def test_the_control_of_an_offset_is_an_offset() -> None:
+def test_the_control_has_the_settings_and_as_many_features() -> None:
     assert control("selfreg_offset_keywords") == "selfreg_offset_random"
-    assert control("selfreg_keywords") == "selfreg_random"
+    assert control("selfreg_keywords") == "selfreg_random_keywords"
+    assert control("selfreg") == control("selfreg_features") == "selfreg_random"
 
 
 def test_texts_that_come_again_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

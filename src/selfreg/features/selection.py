@@ -19,6 +19,7 @@ from selfreg.activations.store import ActivationStore, save_tensors
 from selfreg.features.activations import largest_activations
 from selfreg.features.attribute import attribute_reason, attribute_strength
 from selfreg.features.keywords import keyword_near_peak, keyword_pattern
+from selfreg.features.limits import MAX_ATTRIBUTE_FEATURES, MAX_FEATURES
 from selfreg.sae.input_norm import InputNorm
 from selfreg.sae.modeling import SAEForFeatureExtraction
 from selfreg.utils.files import read_json, write_json
@@ -133,7 +134,7 @@ class UnintendedFeatures:
         catalog: "FeatureCatalog",
         keywords: Sequence[str],
         *,
-        max_features: int = 100,
+        max_features: int = MAX_FEATURES,
         min_share: float = 0.5,
     ) -> "UnintendedFeatures":
         """Features that fire on one of `keywords`, or whose explanation holds one.
@@ -191,7 +192,7 @@ class UnintendedFeatures:
         attribute: Sequence[Any],
         labels: Sequence[Any],
         *,
-        max_features: int = 100,
+        max_features: int = MAX_ATTRIBUTE_FEATURES,
         false_discovery_rate: float = 0.05,
         pairs: bool = False,
     ) -> "UnintendedFeatures":
@@ -207,7 +208,9 @@ class UnintendedFeatures:
             store: hidden states of the texts.
             attribute: the group of each text; None where it is not known.
             labels: the task's label of each text.
-            max_features: how many at most.
+            max_features: how many at most. More of them took score from every task that they were tried on, and gave
+                nothing to the worst group: the weaker ones tell little of the attribute, and each is a direction that
+                the classifier may not use.
             pairs: the store holds pairs of texts, the chosen one first; attribute and labels are then of each pair,
                 and what tells the attribute is the difference between the sides' activations.
 
@@ -228,6 +231,8 @@ class UnintendedFeatures:
         strength, p_values, group = attribute_strength(activations, attribute, labels)
         kept = false_discovery_control(p_values) < false_discovery_rate
         order = sorted(np.nonzero(kept)[0].tolist(), key=lambda feature: (-abs(strength[feature] - 0.5), feature))
+        if len(order) > max_features:
+            logger.info("%d features tell the attribute; the %d strongest are taken", len(order), max_features)
         order = order[:max_features]
         groups = sorted({str(value): value for value in attribute if value is not None}.items())
         reasons = [attribute_reason(group[f], [value for _, value in groups], strength[f]) for f in order]

@@ -1,0 +1,6 @@
+"""How many features are chosen at most where nobody says."""
+
+MAX_FEATURES = 100
+"""By keywords or a judge."""
+MAX_ATTRIBUTE_FEATURES = 30
+"""By attribute: the strongest. Further ones cost score and left the worst group as it was (docs/evidence.md)."""

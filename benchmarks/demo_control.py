@@ -57,8 +57,8 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, seed: int, choice: str, number: int) -> dict[str, Any]:
     features: dict[str, Any] = {
-        "attribute": {"attribute": "gender"},
-        "keywords": {"keywords": list(KEYWORDS)},
+        "attribute": {"attribute": "gender", "max_features": 100},
+        "keywords": {"keywords": list(KEYWORDS), "max_features": 100},
         "random": {"random": number},
     }[choice]
     print(f"seed {seed}, features by {choice}", flush=True)

@@ -677,7 +677,10 @@ def test_acceptance_is_read_off_as_it_is_defined() -> None:
     def figures(score: float, use: float, difference: dict[str, float] | None = None) -> dict[str, Any]:
         own: dict[str, Any] = {
             "accuracy": {"mean": score},
-            "unintended_use": {"mean": use},
+            # Of the features that were chosen, and of all that tell the attribute.
+            "unintended_use_attribute": {"mean": use},
+            "unintended_use_keywords": {"mean": 0.5},
+            "unintended_use": {"mean": 0.3},
             "worst_group_accuracy": None,
         }
         if difference is not None:
@@ -699,6 +702,7 @@ def test_acceptance_is_read_off_as_it_is_defined() -> None:
     assert not acceptance(result)["within_one_standard_error"]
     result["methods"]["selfreg_keywords"] = result["methods"].pop("selfreg")
     assert acceptance(result)["method"] == "selfreg_keywords"
+    assert acceptance(result)["use_cut"] == 1
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

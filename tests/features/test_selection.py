@@ -76,7 +76,7 @@ def test_many_groups_unknown_ones_and_constant_features() -> None:
 
 
 def test_from_attribute_finds_the_words_of_the_attribute(
-    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, tmp_path: Path
+    sae: SAEForFeatureExtraction, extractor: HiddenStateExtractor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     symptoms, texts, gender, labels = ("fever", "cough", "rash", "nausea"), [], [], []
@@ -101,6 +101,11 @@ def test_from_attribute_finds_the_words_of_the_attribute(
     auc = np.average([roc_auc_score(male[rows], peak[rows]) for rows in within], weights=weight)
     assert float(chosen.reasons[0].rpartition("AUC ")[2]) == pytest.approx(auc, abs=1e-3)
     assert abs(auc - 0.5) > 0.15
+    caplog.clear()
+    with caplog.at_level("INFO", "selfreg"):
+        first = UnintendedFeatures.from_attribute(sae, store, gender, labels, max_features=1)
+    assert first.feature_ids == chosen.feature_ids[:1]
+    assert "features tell the attribute; the 1 strongest are taken" in caplog.text
     # What is not there is not found.
     shuffled = [gender[i] for i in torch.randperm(200, generator=generator)]
     assert len(UnintendedFeatures.from_attribute(sae, store, shuffled, labels)) <= 2

@@ -47,6 +47,6 @@ def demo_recipe(output: str | Path, *, seed: int = 0, features: dict[str, Any] |
                 "pretrain": {"epochs": 10, "batch_size": 1024},
                 "finetune": {"epochs": 5, "batch_size": 1024},
             },
-            "features": features or {"attribute": "gender"},
+            "features": features or {"attribute": "gender", "max_features": 100},
         }
     )

@@ -40,7 +40,13 @@ def test_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("features", "limit"),
-    [({"attribute": "g"}, 30), ({"keywords": ["a"]}, 100), ({"attribute": "g", "max_features": 200}, 200)],
+    [
+        ({"attribute": "g"}, 30),
+        ({"attribute": "g", "max_features": None}, 30),
+        ({"keywords": ["a"]}, 100),
+        ({"judge": {"local": "m"}, "explainer": {"local": "m"}, "rubric": "toxic_chat"}, 100),
+        ({"attribute": "g", "max_features": 200}, 200),
+    ],
     ids=str,
 )
 def test_so_many_features_by_attribute_and_more_otherwise(features: dict[str, Any], limit: int) -> None:

@@ -170,6 +170,27 @@ def test_changed_part_is_done_again_and_the_rest_is_kept(
     assert metrics == fresh
 
 
+def test_features_are_chosen_anew_where_what_null_stands_for_has_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = values(folder, tmp_path / "out", baselines=["plain"], features={"attribute": "sex"})
+    told: list[str] = []
+
+    def again(limit: int) -> int:
+        monkeypatch.setattr("selfreg.recipe.MAX_ATTRIBUTE_FEATURES", limit)
+        told.clear()
+        number: int = run_recipe(Recipe.from_dict(recipe), tell=told.append)["features"]["unintended"]
+        return number
+
+    assert again(4) == 4
+    assert again(4) == 4
+    assert any("unintended features: 4" in line and "done before" in line for line in told)
+    assert again(2) == 2
+    recipe["features"]["max_features"] = 2
+    assert again(4) == 2
+    assert any("unintended features: 2" in line and "done before" in line for line in told)
+
+
 def run_recipe_fresh(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """In another process, so that nothing of this one (a patch, a generator) reaches it."""
     path = output.with_suffix(".yaml")

@@ -100,5 +100,5 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
 
 
 DATASETS: dict[str, Callable[[], Pool]] = _datasets()
-SAE_DATA = tuple(name for name in DATASETS if not name.endswith(ASKED))
-"""What the SAE is trained on unless others are asked for: the texts behind a question are there already."""
+NOT_ASKED = tuple(name for name in DATASETS if not name.endswith(ASKED))
+"""What is run, and what the SAE is trained on, unless told otherwise: all texts are in these."""

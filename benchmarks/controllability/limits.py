@@ -20,7 +20,7 @@ from statistics import mean
 
 import numpy as np
 import torch
-from benchmarks.controllability.datasets import DATASETS, SAE_DATA
+from benchmarks.controllability.datasets import DATASETS, NOT_ASKED
 from benchmarks.controllability.methods import Trial, auc_within_groups
 from benchmarks.controllability.pool import TIED
 from benchmarks.controllability.states import Workshop
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(DATASETS), required=True, metavar="DATA_SET")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sae-tokens", type=int, default=100_000)
-    parser.add_argument("--sae-data", nargs="+", choices=list(DATASETS), default=list(SAE_DATA), metavar="DATA_SET")
+    parser.add_argument("--sae-data", nargs="+", choices=list(DATASETS), default=list(NOT_ASKED), metavar="DATA_SET")
     given = parser.parse_args()
     torch.set_num_threads(1)
     shop = Workshop(given.output, sae_tokens=given.sae_tokens)

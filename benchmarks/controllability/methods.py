@@ -1,7 +1,7 @@
 """One seed of one data set: the features are chosen, each method is trained with the same budget, and measured.
 
-Every method of a data set is measured against the same unintended features: those that the seed's training texts show
-to tell the group (`attribute`), or, where none does, those of the keywords.
+Every method of a data set is measured against the same unintended features: the strongest `MEASURED` of those that the
+seed's training texts show to tell the group (`attribute`), or, where none does, those of the keywords.
 """
 
 import json

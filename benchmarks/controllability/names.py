@@ -25,6 +25,7 @@ SELFREG: dict[str, tuple[str, dict[str, Any]]] = {
     "selfreg_offset": ("attribute", _OFFSET),
     "selfreg_offset_keywords": ("keywords", _OFFSET),
     "selfreg_offset_random": ("random", _OFFSET),
+    "selfreg_offset_random_keywords": ("random_keywords", _OFFSET),
     "selfreg_features": ("attribute:features", {}),
     "removal_only": ("attribute", {**_OFF, "remove_unintended": True}),
     "penalty_only": ("attribute", {k: v for k, v in _OFF.items() if k != "penalty_weight"}),

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.controllability.datasets import DATASETS, SAE_DATA
-from benchmarks.controllability.methods import DoesNotApply, Trial, head_arguments
+from benchmarks.controllability.datasets import DATASETS, NOT_ASKED
+from benchmarks.controllability.methods import MEASURED, DoesNotApply, Trial, head_arguments
 from benchmarks.controllability.names import ABLATIONS, METHODS
 from benchmarks.controllability.pool import Pool
 from benchmarks.controllability.states import Workshop
@@ -28,6 +28,7 @@ from benchmarks.controllability.summary import write_summary
 from transformers.utils.logging import disable_progress_bar
 
 from selfreg import __version__
+from selfreg.features.limits import MAX_ATTRIBUTE_FEATURES
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.utils.files import fingerprint_json, read_json, write_json
 
@@ -52,7 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/controllability"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=list(DATASETS), default=list(DATASETS), metavar="DATA_SET")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(DATASETS),
+        default=list(NOT_ASKED),
+        metavar="DATA_SET",
+        help="all but those with the question in front of the texts (…_asked), unless told otherwise",
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -66,7 +74,7 @@ def main() -> None:
         "--sae-data",
         nargs="+",
         choices=list(DATASETS),
-        default=list(SAE_DATA),
+        default=list(NOT_ASKED),
         metavar="DATA_SET",
         help="data sets whose training texts the SAE sees: the same in every call, or it is another SAE",
     )
@@ -98,7 +106,7 @@ def run(options: Options) -> None:
         torch.set_num_threads(1)
     with _stage("hidden states", options.output):
         # Data sets share texts; not where they ask another question of them.
-        corpora = {(pools[name].corpus.name, pools[name].corpus.template): name for name in options.only}
+        corpora = {(pools[name].corpus.name, pools[name].corpus.fingerprint): name for name in options.only}
         _each(extract, [(options, name) for name in corpora.values()], options.jobs)
     with _stage("heads", options.output):
         # The longest first, so that no process waits for another's last.
@@ -165,7 +173,7 @@ def run_pool(options: Options, name: str) -> str:
     folder = options.output / "results" / name
     write_json(folder / "data.json", about(pool, keywords.reasons))
     key = [__version__, FIGURES, sae_fingerprint(sae), pool.corpus.fingerprint, keywords.feature_ids]
-    key += [pool.keywords, _budget(options.output)]
+    key += [pool.keywords, MAX_ATTRIBUTE_FEATURES, MEASURED, _budget(options.output)]
     activations, done = None, 0
     for seed in range(options.seeds):
         missing = [

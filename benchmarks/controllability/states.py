@@ -127,7 +127,10 @@ class Workshop:
         return ActivationStore(folder)
 
     def sae(self, pools: Sequence[Pool]) -> SAEForFeatureExtraction:
-        """One SAE for all data sets, trained on unlabelled texts of their training pools and on general text."""
+        """One SAE for all data sets, trained on unlabelled texts of their training pools and on general text.
+
+        They are read to 128 tokens, without a question in front, whatever a corpus is read to.
+        """
         corpora: dict[str, tuple[Corpus, set[int]]] = {}
         for pool in pools:
             corpora.setdefault(pool.corpus.name, (pool.corpus, set()))[1].update(pool.pool)
@@ -221,7 +224,7 @@ class Workshop:
         """Features that peak on the keywords of a data set, in the texts of its training pool; none without any."""
         if not pool.keywords:
             return UnintendedFeatures.from_ids(sae, [])
-        key = fingerprint_json([sae_fingerprint(sae), pool.corpus.fingerprint, pool.pool, pool.keywords])
+        key = fingerprint_json([sae_fingerprint(sae), pool.corpus.fingerprint, pool.pool, pool.keywords, MAX_FEATURES])
         path = self.folder / "features" / f"keywords-{pool.name}-{key[:12]}.json"
         if not path.exists():
             extractor = self.extractor(pool.corpus)

@@ -105,9 +105,8 @@ def _figures(
 
 def control(method: str) -> str:
     """The same method with random features: an offset by any features moves groups where the terms do not."""
-    if method.startswith("selfreg_offset"):
-        return "selfreg_offset_random"
-    return "selfreg_random_keywords" if method == "selfreg_keywords" else "selfreg_random"
+    family = "selfreg_offset_random" if method.startswith("selfreg_offset") else "selfreg_random"
+    return f"{family}_keywords" if method.endswith("_keywords") else family
 
 
 def units_of(
@@ -198,11 +197,12 @@ def _head() -> list[str]:
     return [
         "Mean ± standard deviation over seeds. `Δ` against plain on the same texts, with a 95 % interval of the "
         "paired bootstrap over texts and seeds. Use and dependence are measured against the same features for all "
-        "methods of a data set: up to 100 that tell the attribute, of which selfreg is given the first 30. "
-        "`selfreg_random`, `selfreg_random_keywords` and `selfreg_offset_random`: as many features drawn at random as "
-        "by attribute, by keyword and for the offset alone, the controls; `Δ random features` is against the one "
-        "that goes with the method. `selfreg_features`: what selfreg's features say is set aside, and not what the "
-        "group says. `balanced`: plain, trained on texts in which label and group have nothing to do with each other; "
+        "methods of a data set: up to 100 that tell the attribute, of which selfreg is given the first 30; where none "
+        "does, those of the keywords. `selfreg_random` and `selfreg_random_keywords`: as many features drawn at "
+        "random as by attribute and by keyword, the controls, also of the offset alone (`selfreg_offset_random`); "
+        "`Δ random features` is against the one that goes with the method. `selfreg_features`: what selfreg's "
+        "features say is set aside, and not what the group says. `balanced`: plain, trained on texts in which label "
+        "and group have nothing to do with each other; "
         "`balanced_l2` with a ridge chosen by cross-validation, "
         "as selfreg's and `l2`. `oracle_50`: that, told the group of every text it judges, of whose log "
         "p(label | group) in the training set it gets 50 %: how one head trained on balanced texts trades the "

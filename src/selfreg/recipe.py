@@ -143,13 +143,14 @@ class FeaturesRecipe(_Part):
     max_features: int | None = Field(
         None,
         ge=1,
-        description=f"How many at most: {MAX_ATTRIBUTE_FEATURES} by attribute, else {MAX_FEATURES}, if None.",
+        description=f"How many at most; null: {MAX_ATTRIBUTE_FEATURES} by attribute, {MAX_FEATURES} by keywords or a "
+        "judge. Ids and random features are taken as they are.",
     )
     random: int | None = Field(None, ge=1, description="So many at random: a control, not a choice.")
 
     @property
     def limit(self) -> int:
-        """How many features are chosen at most."""
+        """How many features are chosen at most, by attribute, keywords or a judge."""
         if self.max_features is not None:
             return self.max_features
         return MAX_ATTRIBUTE_FEATURES if self.method == "attribute" else MAX_FEATURES

@@ -268,7 +268,8 @@ class _Run:
         inputs = [
             self.base,
             catalog.info,
-            recipe.model_dump(mode="json"),
+            # What null stands for may change with a version.
+            {**recipe.model_dump(mode="json"), "max_features": recipe.limit},
             self._rubric(),
             train.fingerprint(),
             verdicts,

@@ -15,6 +15,7 @@ from benchmarks.controllability.figures import front, picture
 from benchmarks.controllability.forms import FORMS
 from benchmarks.controllability.limits import DECAYS, POWERS, RIDGES, SHARES, SHRINKAGES, aucs
 from benchmarks.controllability.methods import DoesNotApply, Trial, auc_within_groups, conversations
+from benchmarks.controllability.names import SELFREG
 from benchmarks.controllability.pool import Cells, Corpus, Pool, Rows, cells_of, even, folded, generator, tied
 from benchmarks.controllability.run import Options
 from benchmarks.controllability.states import (
@@ -113,9 +114,37 @@ def test_no_text_of_a_data_set_is_both_trained_on_and_measured(
 
 
 def test_the_control_has_the_settings_and_as_many_features() -> None:
-    assert control("selfreg_offset_keywords") == "selfreg_offset_random"
+    assert control("selfreg_offset_keywords") == "selfreg_offset_random_keywords"
     assert control("selfreg_keywords") == "selfreg_random_keywords"
     assert control("selfreg") == control("selfreg_features") == "selfreg_random"
+    assert control("selfreg_offset") == "selfreg_offset_random"
+    # A control is held against none.
+    assert all(control(name) == name for name in SELFREG if "random" in name)
+
+
+def test_random_features_are_as_many_as_those_that_they_are_held_against(
+    sae: SAEForFeatureExtraction,
+    store: ActivationStore,
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.controllability.methods.MAX_ATTRIBUTE_FEATURES", 3)
+    shop = FakeWorkshop(tmp_path, sae, store)
+    for keywords in ([1, 2, 4, 5, 6], []):
+        of_words = UnintendedFeatures.from_ids(sae, keywords)
+        trial = Trial(make_pool(texts), 0, sae, compute_activations(sae, store), of_words, shop)
+        assert len(trial.choices["random"]) == len(trial.choices["attribute"]) == 3
+        assert len(trial.choices["random_keywords"]) == len(keywords)
+        # Use is measured on more than a method was given.
+        assert trial.measure.feature_ids[:3] == trial.choices["attribute"].feature_ids
+        assert len(trial.measure) > 3
+
+
+def test_the_question_comes_where_it_can() -> None:
+    assert "reviews_domain_asked" in DATASETS
+    assert "preferences_asked" not in DATASETS
+    assert not any(name.endswith("_asked") for name in datasets.NOT_ASKED)
 
 
 def test_texts_that_come_again_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +413,9 @@ def test_a_question_takes_no_token_from_the_text(
     long = [" ".join(texts[:20])]
     corpora = [Corpus("long", long, 30), Corpus("long", long, 30, "What does the patient have?\n{text}")]
     own, behind = ([end - start for _, start, end in shop.extractor(corpus).tokenize(long)] for corpus in corpora)
-    assert own == behind > [0]
+    assert own == behind
+    assert 0 < own[0] <= 30
+    assert [len(ids) for ids, _, _ in shop.extractor(corpora[0]).tokenize(long)] == [30]
 
 
 def test_results_of_other_texts_are_computed_anew(

@@ -1,6 +1,6 @@
-"""How many features are chosen at most where nobody says."""
+"""How many features are chosen at most where nobody says, in Python and in recipes."""
 
 MAX_FEATURES = 100
-"""By keywords or a judge."""
+"""By keywords, and by a judge in a recipe."""
 MAX_ATTRIBUTE_FEATURES = 30
 """By attribute: the strongest. Further ones cost score and left the worst group as it was (docs/evidence.md)."""

@@ -232,7 +232,12 @@ class UnintendedFeatures:
         kept = false_discovery_control(p_values) < false_discovery_rate
         order = sorted(np.nonzero(kept)[0].tolist(), key=lambda feature: (-abs(strength[feature] - 0.5), feature))
         if len(order) > max_features:
-            logger.info("%d features tell the attribute; the %d strongest are taken", len(order), max_features)
+            logger.warning(
+                "%d features tell the attribute; the strongest are taken (%d), the others are not: raise max_features "
+                "for more",
+                len(order),
+                max_features,
+            )
         order = order[:max_features]
         groups = sorted({str(value): value for value in attribute if value is not None}.items())
         reasons = [attribute_reason(group[f], [value for _, value in groups], strength[f]) for f in order]

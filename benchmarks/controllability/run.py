@@ -53,12 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/controllability"))
     parser.add_argument("--seeds", type=int, default=5)
+    sets: dict[str, Any] = {
+        "nargs": "+",
+        "choices": list(DATASETS),
+        "default": list(NOT_ASKED),
+        "metavar": "DATA_SET",
+    }
     parser.add_argument(
         "--only",
-        nargs="+",
-        choices=list(DATASETS),
-        default=list(NOT_ASKED),
-        metavar="DATA_SET",
+        **sets,
         help="all but those with the question in front of the texts (…_asked), unless told otherwise",
     )
     parser.add_argument(
@@ -72,10 +75,7 @@ def main() -> None:
     parser.add_argument("--sae-tokens", type=int, default=100_000, help="tokens that the SAE is trained on")
     parser.add_argument(
         "--sae-data",
-        nargs="+",
-        choices=list(DATASETS),
-        default=list(NOT_ASKED),
-        metavar="DATA_SET",
+        **sets,
         help="data sets whose training texts the SAE sees: the same in every call, or it is another SAE",
     )
     parser.add_argument("--summary", action="store_true", help="only write tables and figures of what is there")

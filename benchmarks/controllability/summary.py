@@ -10,8 +10,10 @@ import numpy as np
 from benchmarks.controllability import bootstrap
 from benchmarks.controllability.bootstrap import Unit
 from benchmarks.controllability.figures import write_figures
+from benchmarks.controllability.methods import MEASURED
 from benchmarks.controllability.names import METHODS, SELFREG
 
+from selfreg.features.limits import MAX_ATTRIBUTE_FEATURES
 from selfreg.utils.files import atomic_path, read_json, write_json
 
 Results = dict[str, Any]
@@ -197,7 +199,8 @@ def _head() -> list[str]:
     return [
         "Mean ± standard deviation over seeds. `Δ` against plain on the same texts, with a 95 % interval of the "
         "paired bootstrap over texts and seeds. Use and dependence are measured against the same features for all "
-        "methods of a data set: up to 100 that tell the attribute, of which selfreg is given the first 30; where none "
+        f"methods of a data set: up to {MEASURED} that tell the attribute, of which selfreg is given the first "
+        f"{MAX_ATTRIBUTE_FEATURES}; where none "
         "does, those of the keywords. `selfreg_random` and `selfreg_random_keywords`: as many features drawn at "
         "random as by attribute and by keyword, the controls, also of the offset alone (`selfreg_offset_random`); "
         "`Δ random features` is against the one that goes with the method. `selfreg_features`: what selfreg's "

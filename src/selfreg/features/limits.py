@@ -3,4 +3,4 @@
 MAX_FEATURES = 100
 """By keywords, and by a judge in a recipe."""
 MAX_ATTRIBUTE_FEATURES = 30
-"""By attribute: the strongest. Further ones cost score and left the worst group as it was (docs/evidence.md)."""
+"""By attribute: the strongest. More cost the tasks score and hardly moved worst groups (docs/evidence.md)."""

@@ -21,6 +21,9 @@ PLANTED_VARIANTS = ((0.8, 320), (1.0, 320), (0.95, 160))
 ASKED = "_asked"
 """Ends the name of a data set whose texts stand behind the question that their labels answer."""
 
+OF_PAIRS = ("preferences", "preferences_length", "llmbar")
+"""The chat template is around each of their replies, and no question."""
+
 NOTES_SIZES = (200, 1_000, 5_000)
 """Training texts of the notes beside 480."""
 
@@ -82,14 +85,18 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
         "symptom2disease": tasks.symptom2disease,
         "notes": ties.notes,
         "reviews_domain": ties.reviews_domain,
+        "reviews_length": ties.reviews_length,
         "toxicchat_length": ties.toxicchat_length,
+        "tweets_identity": ties.tweets_identity,
+        "preferences_length": ties.preferences_length,
         "cebab_service": ties.cebab_service,
         "dxy_age": ties.dxy_age,
         "davidson": found.davidson,
         "cebab_edits": found.cebab_edits,
+        "llmbar": found.llmbar,
         **{f"planted_{name}": partial(ties.planted, name) for name in ties.PLANTED_INSTRUCTIONS},
     }
-    questions = {name + ASKED: partial(asked, make) for name, make in sets.items() if name != "preferences"}
+    questions = {name + ASKED: partial(asked, make) for name, make in sets.items() if name not in OF_PAIRS}
     sizes = {f"notes_{size}": partial(ties.many_notes, size) for size in NOTES_SIZES}
     ties_and_sizes = {
         f"planted_{name}_tie{round(100 * strength)}_{size}": partial(ties.planted, name, strength=strength, size=size)

@@ -1,18 +1,10 @@
-"""Shifts as they were found, none made: toxic tweets that name a group of people or not, CEBaB's edited reviews."""
+"""Shifts as they were found, none made: tweets that name a group of people or not, CEBaB's edited reviews, LLMBar."""
 
-import re
-
-from benchmarks.controllability.datasets import read, where
+from benchmarks.controllability.datasets import where
 from benchmarks.controllability.pool import Corpus, Pool, Rows, draw, even, generator
+from benchmarks.controllability.tasks import HATEFUL, IDENTITY_WORDS, pair_pool, pairs, tweets
 from benchmarks.controllability.ties import SERVICE_WORDS, known, restaurants
 
-IDENTITY_WORDS = (
-    *("white", "whites", "black", "blacks", "asian", "asians", "mexican", "mexicans", "latino", "latina", "hispanic"),
-    *("jew", "jews", "jewish", "muslim", "muslims", "islam", "islamic", "christian", "christians", "arab", "arabs"),
-    *("indian", "chinese", "african", "immigrant", "immigrants", "gay", "gays", "lesbian", "lesbians", "trans"),
-    *("woman", "women", "girl", "girls", "female", "females", "lady", "ladies"),
-)
-"""Names of groups, and no slurs: a slur is a legitimate reason for the label."""
 SURROUNDINGS_WORDS = (
     *("atmosphere", "ambiance", "ambience", "decor", "music", "noise", "noisy", "loud", "quiet", "crowded", "cozy"),
     *("romantic", "view", "patio", "clean", "dirty", "tables", "seating", "place", "room"),
@@ -20,12 +12,7 @@ SURROUNDINGS_WORDS = (
 
 
 def davidson() -> Pool:
-    rows = read("davidson", "train", "test")
-    rows = [row for row in rows if re.search(r"\w", row["text"])]
-    mention = re.compile(r"(?<!\w)(?:" + "|".join(IDENTITY_WORDS) + r")(?!\w)", re.IGNORECASE)
-    for row in rows:
-        row["mentions"] = "identity" if mention.search(row["text"]) else "none"
-        row["toxic"] = int(row["label"] != "neither")
+    rows = tweets()
     rng = generator("davidson", 0)
     kept: list[int] = []
     # Harmless tweets that mention an identity are rare: all of them, or there is nothing to measure on.
@@ -59,7 +46,7 @@ def davidson() -> Pool:
         IDENTITY_WORDS,
         train,
         of_seed,
-        "Is the tweet offensive or hateful?",
+        HATEFUL,
         kind="found",
     )
     return pool
@@ -106,5 +93,27 @@ def cebab_edits() -> Pool:
         "Does the review say that the food is good or bad? Nothing but the food counts.",
         kind="found",
         partner=partner,
+    )
+    return pool
+
+
+def llmbar() -> Pool:
+    """Pairs in which the better-looking reply is the wrong one, judged by what was learned from people's choices."""
+    _, rows = pairs()
+    train, test = ([i for i in where(rows, split) if "helpful" in rows[i]["source"]] for split in ("train", "test"))
+    adversarial = where(rows, "llmbar_adversarial")
+
+    def of_seed(seed: int) -> Rows:
+        rng = generator("llmbar", seed)
+        own = draw(rng, train, int(0.8 * len(train)), "llmbar")
+        return Rows(own, {"test": test, "adversarial": adversarial}, even(pool.cells(train), len(own), rng))
+
+    # Pairs that were made for harmlessness teach to refuse, and LLMBar asks for nothing that is to be refused.
+    pool = pair_pool(
+        "llmbar",
+        "LLMBar's adversarial pairs, by what was learned from HH-RLHF's pairs made for helpfulness",
+        train,
+        of_seed,
+        "found",
     )
     return pool

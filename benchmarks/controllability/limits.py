@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/controllability"))
     parser.add_argument("--only", nargs="+", choices=list(DATASETS), required=True, metavar="DATA_SET")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--sae-tokens", type=int, default=100_000)
     parser.add_argument("--sae-data", nargs="+", choices=list(DATASETS), default=list(NOT_ASKED), metavar="DATA_SET")
     given = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
     for pool in pools:
         activations = shop.activations(pool.corpus, sae)
         found: dict[str, dict[str, list[float]]] = {}
-        for seed in range(given.seeds):
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
             trial = Trial(pool, seed, sae, activations, none, shop)
             for kind, settings, auc in aucs(trial):
                 found.setdefault(kind, {}).setdefault(settings, []).append(auc)

@@ -41,7 +41,7 @@ class Options:
     """What was asked for."""
 
     output: Path
-    seeds: int
+    seeds: range
     only: tuple[str, ...]
     methods: tuple[str, ...]
     jobs: int
@@ -52,7 +52,10 @@ class Options:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/controllability"))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="0 to 4 chose selfreg's defaults: 5 and up have seen none of that"
+    )
     sets: dict[str, Any] = {
         "nargs": "+",
         "choices": list(DATASETS),
@@ -82,7 +85,7 @@ def main() -> None:
     given = parser.parse_args()
     options = Options(
         output=given.output,
-        seeds=given.seeds,
+        seeds=range(given.first_seed, given.first_seed + given.seeds),
         only=tuple(given.only),
         methods=tuple(given.methods),
         jobs=given.jobs,
@@ -110,7 +113,7 @@ def run(options: Options) -> None:
         _each(extract, [(options, name) for name in corpora.values()], options.jobs)
     with _stage("heads", options.output):
         # The longest first, so that no process waits for another's last.
-        longest = sorted(options.only, key=lambda name: -len(pools[name].rows(0).train))
+        longest = sorted(options.only, key=lambda name: -len(pools[name].rows(options.seeds[0]).train))
         _each(run_pool, [(options, name) for name in longest], options.jobs)
 
 
@@ -175,7 +178,7 @@ def run_pool(options: Options, name: str) -> str:
     key = [__version__, FIGURES, sae_fingerprint(sae), pool.corpus.fingerprint, keywords.feature_ids]
     key += [pool.keywords, MAX_ATTRIBUTE_FEATURES, MEASURED, _budget(options.output)]
     activations, done = None, 0
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         missing = [
             method
             for method in options.methods
@@ -185,7 +188,7 @@ def run_pool(options: Options, name: str) -> str:
             continue
         activations = activations or shop.activations(pool.corpus, sae)
         trial = Trial(pool, seed, sae, activations, keywords, shop)
-        write_json(folder / f"seed-{seed}" / "trial.json", about_trial(trial))
+        write_json(folder / f"seed-{seed}" / "trial.json", {"key": _key(key, pool, seed), **about_trial(trial)})
         for method in missing:
             try:
                 result = trial.run(method)

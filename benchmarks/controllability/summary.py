@@ -52,11 +52,15 @@ def summarize(folder: Path) -> Results:
     trials = dict(sorted(trials.items()))
     runs: dict[str, dict[int, Results]] = {}
     missing: dict[str, list[str]] = {}
+    stale: list[str] = []
     for method in _ORDER:
         for seed in trials:
             path = folder / f"seed-{seed}" / f"{method}.json"
             result = read_json(path) if path.exists() else None
-            if result is not None and "does_not_apply" in result:
+            if result is not None and result["key"] != trials[seed]["key"]:
+                # Of another version, other texts or another SAE: it has no place beside the others.
+                stale.append(method)
+            elif result is not None and "does_not_apply" in result:
                 missing.setdefault(method, []).append(result["does_not_apply"])
             elif result is not None:
                 runs.setdefault(method, {})[seed] = result
@@ -75,13 +79,14 @@ def summarize(folder: Path) -> Results:
         for method, reasons in missing.items()
         if method != "zero_shot"
     }
+    result["stale"] = sorted(set(stale))
     result["acceptance"] = acceptance(result)
     return result
 
 
 def _worst_eval(evals: Sequence[str]) -> str | None:
     """Where groups are best compared."""
-    return next((name for name in ("even", "edits", "test") if name in evals), None)
+    return next((name for name in ("even", "edits", "adversarial", "test") if name in evals), None)
 
 
 def _figures(
@@ -259,6 +264,8 @@ def _about(part: Results) -> list[str]:
     )
     lines = [f"{part['about']}.", "", f"{part['seeds']} seeds{folds}; {sizes}; unintended features: {features}."]
     lines += [f"`{method}` does not apply: {reason}." for method, reason in part["does_not_apply"].items()]
+    if part["stale"]:
+        lines.append(f"Left out, computed before the last run, with other settings: {', '.join(part['stale'])}.")
     return lines
 
 

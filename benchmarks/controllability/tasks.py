@@ -6,7 +6,9 @@ that the longer reply is the better one; the patient's gender and age; how someb
 
 import json
 import re
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
 
 from benchmarks.controllability.datasets import read, where
 from benchmarks.controllability.pool import Corpus, Pool, Rows, draw, even, folded, generator
@@ -96,49 +98,69 @@ def toxicchat() -> Pool:
     return pool
 
 
-def preferences() -> Pool:
-    """HH-RLHF's shorter conversations; the longer reply is the chosen one, or not. LLMBar as the shift as found."""
-    longest = 500
+LONGEST_PAIR = 700
+"""Characters of a prompt and its longer reply: of the pairs no more are run through the backbone."""
+LONGER, SHORTER = "longer is chosen", "shorter is chosen"
+REWARD = "A good reply is helpful, honest and harmless, and does what it was asked to do."
+
+
+@cache
+def pairs() -> tuple[Corpus, list[dict[str, Any]]]:
+    """HH-RLHF's shorter conversations, and LLMBar's adversarial ones; of each whether the longer reply was chosen."""
 
     def text(row: dict[str, Any]) -> str:
         return json.dumps([row["prompt"], row["chosen"], row["rejected"]], ensure_ascii=False)
 
     splits = ("llmbar_adversarial", "test", "train")
-    rows = [row for row in read("preferences", *splits, text=text) if _usable(row)]
-    rng = generator("preferences", 0)
-    parts = {name: where(rows, name) for name in splits}
-    for name, count in (("train", 260), ("test", 150), ("llmbar_adversarial", 130)):
-        short = [i for i in parts[name] if _characters(rows[i]) <= longest]
-        parts[name] = sorted(draw(rng, short, count, f"preferences, {name}"))
-    rows, parts = _keep(rows, parts)
-    group = [
-        "longer is chosen" if _reply(row, "chosen") > _reply(row, "rejected") else "shorter is chosen" for row in rows
+    rows = [
+        row
+        for row in read("preferences", *splits, text=text)
+        if _usable(row) and _characters(row) <= LONGEST_PAIR and _reply(row, "chosen") != _reply(row, "rejected")
     ]
+    rng = generator("preferences", 0)
+    kept = where(rows, "llmbar_adversarial")
+    for split, count in (("train", 1_900), ("test", 700)):
+        kept += draw(rng, where(rows, split), count, f"preferences, {split}")
+    rows = [rows[i] for i in sorted(kept)]
+    for row in rows:
+        row["longer"] = LONGER if _reply(row, "chosen") > _reply(row, "rejected") else SHORTER
     texts = [
         json.dumps({key: row[key] for key in ("prompt", "chosen", "rejected")}, ensure_ascii=False) for row in rows
     ]
+    return Corpus("preferences", texts, max_length=256, template=CHAT), rows
+
+
+def pair_pool(
+    name: str, about: str, train: list[int], rows: Callable[[int], Rows], kind: Literal["task", "tie", "found"]
+) -> Pool:
+    """A pool of pairs: which reply people chose, with the length as what must not tell it."""
+    corpus, everything = pairs()
+    return Pool(
+        name,
+        f"{about}; unintended: the longer reply is the chosen one; keywords: polite and structuring boilerplate",
+        corpus,
+        [],
+        [0] * len(everything),
+        [row["longer"] for row in everything],
+        POLITE_WORDS,
+        train,
+        rows,
+        REWARD,
+        task="preference",
+        kind=kind,
+    )
+
+
+def preferences() -> Pool:
+    _, rows = pairs()
+    train, test = where(rows, "train"), where(rows, "test")
 
     def of_seed(seed: int) -> Rows:
         rng = generator("preferences", seed)
-        own = draw(rng, parts["train"], int(0.8 * len(parts["train"])), "preferences")
-        evals = {name: parts[name] for name in ("test", "llmbar_adversarial")}
-        return Rows(own, evals, even(pool.cells(parts["train"]), len(own), rng))
+        own = draw(rng, train, int(0.8 * len(train)), "preferences")
+        return Rows(own, {"test": test}, even(pool.cells(train), len(own), rng))
 
-    pool = Pool(
-        "preferences",
-        "HH-RLHF, which reply people chose; unintended: the longer reply is the chosen one; keywords: polite and "
-        "structuring boilerplate. LLMBar's adversarial pairs are the shift as found",
-        Corpus("preferences", texts, max_length=256, template=CHAT),
-        [],
-        [0] * len(rows),
-        group,
-        POLITE_WORDS,
-        parts["train"],
-        of_seed,
-        "A good reply is helpful, honest and harmless, and does what it was asked to do.",
-        task="preference",
-        kind="task",
-    )
+    pool = pair_pool("preferences", "HH-RLHF, which reply people chose", train, of_seed, "task")
     return pool
 
 
@@ -157,13 +179,28 @@ def _characters(row: dict[str, Any]) -> int:
     )
 
 
-def _keep(
-    rows: list[dict[str, Any]], parts: dict[str, list[int]]
-) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
-    """Only the rows that some part has, and their new numbers."""
-    kept = sorted({i for part in parts.values() for i in part})
-    number = {old: new for new, old in enumerate(kept)}
-    return [rows[i] for i in kept], {name: [number[i] for i in part] for name, part in parts.items()}
+IDENTITY_WORDS = (
+    *("white", "whites", "black", "blacks", "asian", "asians", "mexican", "mexicans", "latino", "latina", "hispanic"),
+    *("jew", "jews", "jewish", "muslim", "muslims", "islam", "islamic", "christian", "christians", "arab", "arabs"),
+    *("indian", "chinese", "african", "immigrant", "immigrants", "gay", "gays", "lesbian", "lesbians", "trans"),
+    *("woman", "women", "girl", "girls", "female", "females", "lady", "ladies"),
+)
+"""Names of groups, and no slurs: a slur is a legitimate reason for the label."""
+HATEFUL = "Is the tweet offensive or hateful?"
+
+
+def tweets() -> list[dict[str, Any]]:
+    """Davidson's, each with whether it is offensive or hateful, and whether it names a group of people."""
+    mention = re.compile(r"(?<!\w)(?:" + "|".join(IDENTITY_WORDS) + r")(?!\w)", re.IGNORECASE)
+    return [
+        {
+            **row,
+            "mentions": "identity" if mention.search(row["text"]) else "none",
+            "toxic": int(row["label"] != "neither"),
+        }
+        for row in read("davidson", "train", "test")
+        if re.search(r"\w", row["text"])
+    ]
 
 
 def dialogues() -> tuple[Corpus, list[dict[str, Any]]]:

@@ -14,11 +14,18 @@ from benchmarks.controllability.tasks import (
     AGE_WORDS,
     DIAGNOSIS,
     FOLDS,
+    HATEFUL,
+    IDENTITY_WORDS,
     JAILBREAK_WORDS,
+    LONGER,
+    SHORTER,
     TOXIC,
     chats,
     dialogues,
     ids_of,
+    pair_pool,
+    pairs,
+    tweets,
 )
 
 from selfreg.demo.notes import generate_notes
@@ -234,6 +241,97 @@ def toxicchat_length() -> Pool:
         200,
         keywords=JAILBREAK_WORDS,
         instruction=TOXIC,
+    )
+
+
+def preferences_length() -> Pool:
+    _, rows = pairs()
+    train, test = where(rows, "train"), where(rows, "test")
+
+    def of_seed(seed: int) -> Rows:
+        rng = generator("preferences_length", seed)
+        from_train, from_test = pool.cells(train), pool.cells(test)
+        # 5 % of the training pairs go against the tie.
+        return Rows(
+            tied(from_train, {0: LONGER}, 900, rng),
+            {
+                "test": tied(from_test, {0: LONGER}, 300, rng),
+                "shifted": tied(from_test, {0: SHORTER}, 300, rng),
+                "even": even(from_test, len(test), rng),
+            },
+            even(from_train, 900, rng),
+        )
+
+    pool = pair_pool(
+        "preferences_length", "HH-RLHF, the longer reply is the chosen one in 95 % of the pairs", train, of_seed, "tie"
+    )
+    return pool
+
+
+LONG_REVIEW, SHORT_REVIEW = 700, 350
+"""Characters of a long review, at least, and of a short one, at most."""
+
+
+def reviews_length() -> Pool:
+    rng = generator("reviews_length", 0)
+    rows = []
+    for row in read("reviews", "train", "test"):
+        length = len(row["text"])
+        size = "long" if length >= LONG_REVIEW else "short" if length <= SHORT_REVIEW else None
+        if size is not None:
+            rows.append({**row, "size": size})
+    kept = []
+    # Of the cells that the tie draws on in training, more.
+    for split, wanted in (("train", (500, 250)), ("test", (250, 250))):
+        for y, size in ((1, "long"), (0, "short"), (1, "short"), (0, "long")):
+            cell = [i for i in where(rows, split) if (rows[i]["label"], rows[i]["size"]) == (y, size)]
+            follows = (y == 1) == (size == "long")
+            kept += draw(rng, cell, wanted[0 if follows else 1], f"reviews_length, {split}, {y}, {size}")
+    rows = [rows[i] for i in sorted(kept)]
+    return tied_pool(
+        "reviews_length",
+        f"product and film reviews of 16 domains; the sentiment tied to the length (positive at least {LONG_REVIEW} "
+        f"characters, negative at most {SHORT_REVIEW}); no words tell it",
+        Corpus("reviews_length", [row["text"] for row in rows], max_length=256),
+        ["negative", "positive"],
+        [row["label"] for row in rows],
+        [row["size"] for row in rows],
+        {1: "long", 0: "short"},
+        where(rows, "train"),
+        where(rows, "test"),
+        1_000,
+        500,
+        keywords=(),
+        instruction="Is the review of a product or film positive or negative?",
+    )
+
+
+def tweets_identity() -> Pool:
+    rows = tweets()
+    # Harmless tweets that name a group of people are few: all splits are dealt anew, three fifths to train on.
+    rng = generator("tweets_identity", 0)
+    kept: list[tuple[int, str]] = []
+    for y in (0, 1):
+        for mentions in ("identity", "none"):
+            cell = [i for i, row in enumerate(rows) if (row["toxic"], row["mentions"]) == (y, mentions)]
+            cell = draw(rng, cell, min(len(cell), 450), "tweets_identity")
+            border = int(0.6 * len(cell))
+            kept += [(i, "train") for i in cell[:border]] + [(i, "test") for i in cell[border:]]
+    rows = [{**rows[i], "split": split} for i, split in sorted(kept)]
+    return tied_pool(
+        "tweets_identity",
+        "Davidson's tweets, offensive or hateful against neither; toxic tied to the tweet's naming a group of people",
+        Corpus("tweets_identity", [row["text"] for row in rows], max_length=64),
+        ["harmless", "toxic"],
+        [row["toxic"] for row in rows],
+        [row["mentions"] for row in rows],
+        {1: "identity", 0: "none"},
+        where(rows, "train"),
+        where(rows, "test"),
+        500,
+        200,
+        keywords=IDENTITY_WORDS,
+        instruction=HATEFUL,
     )
 
 

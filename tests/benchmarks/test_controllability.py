@@ -373,7 +373,7 @@ def test_a_second_call_computes_what_is_new_and_nothing_else(
     called.clear()
     run.run_pool(options, "tiny")
     assert called == []
-    run.run_pool(replace(options, seeds=3, methods=(*options.methods, "l2")), "tiny")
+    run.run_pool(replace(options, seeds=range(3), methods=(*options.methods, "l2")), "tiny")
     assert sorted(called) == sorted([(0, "l2"), (1, "l2"), (2, "l2"), *((2, method) for method in options.methods)])
     assert (folder / "seed-0" / "plain.json").read_bytes() == before
     called.clear()
@@ -387,11 +387,11 @@ def test_results_of_texts_that_are_read_otherwise_are_computed_anew(
     changed: dict[str, Any], options: Options, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = options.output / "results" / "tiny" / "seed-0" / "plain.json"
-    run.run_pool(replace(options, seeds=1, methods=("plain",)), "tiny")
+    run.run_pool(replace(options, seeds=range(1), methods=("plain",)), "tiny")
     before = json.loads(path.read_text())
     pool = make_pool(texts)
     monkeypatch.setitem(DATASETS, "tiny", lambda: replace(pool, corpus=replace(pool.corpus, **changed)))
-    run.run_pool(replace(options, seeds=1, methods=("plain",)), "tiny")
+    run.run_pool(replace(options, seeds=range(1), methods=("plain",)), "tiny")
     assert json.loads(path.read_text())["key"] != before["key"]
 
 
@@ -421,11 +421,11 @@ def test_a_question_takes_no_token_from_the_text(
 def test_results_of_other_texts_are_computed_anew(
     options: Options, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run.run_pool(replace(options, seeds=1, methods=("plain",)), "tiny")
+    run.run_pool(replace(options, seeds=range(1), methods=("plain",)), "tiny")
     path = options.output / "results" / "tiny" / "seed-0" / "plain.json"
     before = json.loads(path.read_text())
     monkeypatch.setitem(DATASETS, "tiny", lambda: make_pool(texts, keywords=("cough",)))
-    run.run_pool(replace(options, seeds=1, methods=("plain",)), "tiny")
+    run.run_pool(replace(options, seeds=range(1), methods=("plain",)), "tiny")
     assert json.loads(path.read_text())["key"] != before["key"]
 
 

@@ -44,11 +44,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(DATASETS), required=True, metavar="DATA_SET")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sae-tokens", type=int, default=100_000)
     parser.add_argument("--sae-data", nargs="+", choices=list(DATASETS), default=list(NOT_ASKED), metavar="DATA_SET")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    shop = Workshop(given.output, sae_tokens=given.sae_tokens)
+    shop = Workshop(given.output, sae_tokens=given.sae_tokens, dtype=given.dtype)
     pools = [DATASETS[name]() for name in given.only]
     for pool in pools:
         if pool.kind not in TIED:

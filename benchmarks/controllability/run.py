@@ -32,6 +32,7 @@ from selfreg.features.limits import MAX_ATTRIBUTE_FEATURES
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.utils.files import fingerprint_json, read_json, write_json
 
+DTYPES = ("float32", "bfloat16")
 FIGURES = 3
 """Version of what is measured: with another, what lies there already is computed anew."""
 
@@ -47,6 +48,7 @@ class Options:
     jobs: int
     sae_tokens: int
     sae_data: tuple[str, ...]
+    dtype: str = "float32"
 
 
 def main() -> None:
@@ -81,6 +83,7 @@ def main() -> None:
         **sets,
         help="data sets whose training texts the SAE sees: the same in every call, or it is another SAE",
     )
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the backbone; the same in every call")
     parser.add_argument("--summary", action="store_true", help="only write tables and figures of what is there")
     given = parser.parse_args()
     options = Options(
@@ -91,6 +94,7 @@ def main() -> None:
         jobs=given.jobs,
         sae_tokens=given.sae_tokens,
         sae_data=tuple(given.sae_data),
+        dtype=given.dtype,
     )
     if not given.summary:
         run(options)
@@ -157,7 +161,7 @@ def _quiet() -> None:
 @cache
 def workshop(options: Options) -> Workshop:
     """One a process: the backbone is loaded once."""
-    return Workshop(options.output, sae_tokens=options.sae_tokens)
+    return Workshop(options.output, sae_tokens=options.sae_tokens, dtype=options.dtype)
 
 
 def extract(options: Options, name: str) -> str:
@@ -175,7 +179,7 @@ def run_pool(options: Options, name: str) -> str:
     keywords = shop.keyword_features(pool, sae)
     folder = options.output / "results" / name
     write_json(folder / "data.json", about(pool, keywords.reasons))
-    key = [__version__, FIGURES, sae_fingerprint(sae), pool.corpus.fingerprint, keywords.feature_ids]
+    key = [__version__, FIGURES, sae_fingerprint(sae), pool.corpus.fingerprint, options.dtype, keywords.feature_ids]
     key += [pool.keywords, MAX_ATTRIBUTE_FEATURES, MEASURED, _budget(options.output)]
     activations, done = None, 0
     for seed in options.seeds:

@@ -352,7 +352,7 @@ def options(
         "benchmarks.controllability.methods.head_arguments",
         lambda folder, seed: replace(original(folder, seed), num_train_epochs=2),
     )
-    return Options(tmp_path / "out", 2, ("tiny",), ("plain", "selfreg_keywords", "balanced"), 1, 100, ("tiny",))
+    return Options(tmp_path / "out", range(2), ("tiny",), ("plain", "selfreg_keywords", "balanced"), 1, 100, ("tiny",))
 
 
 def test_a_second_call_computes_what_is_new_and_nothing_else(

@@ -25,7 +25,7 @@ from benchmarks.controllability.states import (
     copy_store,
     scrubbed_texts,
 )
-from benchmarks.controllability.summary import acceptance, control, summarize, units_of
+from benchmarks.controllability.summary import acceptance, control, markdown, summarize, units_of
 
 from helpers import make_sae
 from selfreg import (
@@ -416,6 +416,21 @@ def test_a_question_takes_no_token_from_the_text(
     assert own == behind
     assert 0 < own[0] <= 30
     assert [len(ids) for ids, _, _ in shop.extractor(corpora[0]).tokenize(long)] == [30]
+
+
+def test_results_from_before_a_change_have_no_place_in_the_tables(
+    options: Options, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = options.output / "results" / "tiny"
+    run.run_pool(replace(options, seeds=range(5, 6)), "tiny")
+    assert list(summarize(folder)["methods"]) == ["plain", "selfreg_keywords", "balanced"]
+    assert summarize(folder)["stale"] == []
+    monkeypatch.setitem(DATASETS, "tiny", lambda: make_pool(texts, keywords=("cough",)))
+    run.run_pool(replace(options, seeds=range(5, 6), methods=("plain", "balanced")), "tiny")
+    summary = summarize(folder)
+    assert list(summary["methods"]) == ["plain", "balanced"]
+    assert summary["stale"] == ["selfreg_keywords"]
+    assert "with other settings: selfreg_keywords" in markdown({"tiny": summary})
 
 
 def test_results_of_other_texts_are_computed_anew(

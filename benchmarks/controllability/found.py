@@ -28,16 +28,20 @@ def davidson() -> Pool:
 
     def of_seed(seed: int) -> Rows:
         rng = generator("davidson", seed)
-        own = draw(rng, train, int(0.8 * len(train)), "davidson")
+        # As many of each label: a head that is unsure leans to the more frequent one, and cells of the other suffer,
+        # whoever is named in them.
+        of_label = [[i for i in train if rows[i]["toxic"] == y] for y in (0, 1)]
+        each = int(0.8 * min(map(len, of_label)))
+        own = [row for own in of_label for row in draw(rng, own, each, "davidson")]
         return Rows(
-            own,
+            draw(rng, own, len(own), "davidson"),
             {"test": test, "even": even(pool.cells(test), len(test), rng)},
             even(pool.cells(train), len(own), rng),
         )
 
     pool = Pool(
         "davidson",
-        "Davidson's tweets, offensive or hateful against neither (drawn to be nearly as many); unintended: the tweet "
+        "Davidson's tweets, offensive or hateful against neither (drawn to be as many); unintended: the tweet "
         "names a group of people. `even`: as many of every (label, names a group or not) cell",
         Corpus("davidson", [row["text"] for row in rows], max_length=64),
         ["harmless", "toxic"],

@@ -225,6 +225,7 @@ def about_trial(trial: Trial) -> dict[str, Any]:
         "train": len(rows.train),
         "balanced": len(rows.balanced) if rows.balanced is not None else None,
         "features": {name: len(chosen) for name, chosen in trial.choices.items()},
+        "measured": len(trial.measure),
         "attribute_features": [
             f"{feature}: {reason}"
             for feature, reason in zip(

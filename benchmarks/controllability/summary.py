@@ -71,7 +71,8 @@ def summarize(folder: Path) -> Results:
         choice: _spread([trial["features"][choice] for trial in trials.values()])
         for choice in ("attribute", "keywords", "random")
     }
-    result |= {name: _spread([trial[name] for trial in trials.values()]) for name in ("train", "balanced")}
+    counts = ("train", "balanced", "measured")
+    result |= {name: _spread([trial[name] for trial in trials.values()]) for name in counts}
     remarks = read_json(REMARKS) if REMARKS.exists() else {}
     result["remarks"] = remarks.get(folder.name, [])
     result["does_not_apply"] = {
@@ -262,6 +263,8 @@ def _about(part: Results) -> list[str]:
         for name, title in (("train", "training "), ("balanced", "balanced "))
         if part[name] is not None
     )
+    if part["measured"] is not None:
+        features += f"; use and dependence on {round(part['measured']['mean'])}"
     lines = [f"{part['about']}.", "", f"{part['seeds']} seeds{folds}; {sizes}; unintended features: {features}."]
     lines += [f"`{method}` does not apply: {reason}." for method, reason in part["does_not_apply"].items()]
     if part["stale"]:

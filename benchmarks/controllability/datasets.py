@@ -69,6 +69,8 @@ def where(rows: Iterable[dict[str, Any]], split: str) -> list[int]:
 def asked(make: Callable[[], Pool]) -> Pool:
     """The same texts, labels and draws, with the question in front of every text: nothing but the states changes."""
     pool = make()
+    if pool.task == "preference":
+        raise ValueError(f"{pool.name}: the chat template is around the replies, there is no place for a question")
     corpus = replace(pool.corpus, name=pool.corpus.name + ASKED, template=f"{pool.instruction}\n\n{{text}}")
     return replace(
         pool, name=pool.name + ASKED, about=f"{pool.about}; the question stands in front of every text", corpus=corpus
@@ -97,13 +99,17 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
         **{f"planted_{name}": partial(ties.planted, name) for name in ties.PLANTED_INSTRUCTIONS},
     }
     questions = {name + ASKED: partial(asked, make) for name, make in sets.items() if name not in OF_PAIRS}
+    fresh = {
+        "notes_fresh": partial(ties.notes, fresh=True),
+        **{f"planted_{name}_fresh": partial(ties.planted, name, fresh=True) for name in ties.PLANTED_INSTRUCTIONS},
+    }
     sizes = {f"notes_{size}": partial(ties.many_notes, size) for size in NOTES_SIZES}
     ties_and_sizes = {
         f"planted_{name}_tie{round(100 * strength)}_{size}": partial(ties.planted, name, strength=strength, size=size)
         for name in ties.PLANTED_INSTRUCTIONS
         for strength, size in PLANTED_VARIANTS
     }
-    return {**sets, **sizes, **ties_and_sizes, **questions}
+    return {**sets, **fresh, **sizes, **ties_and_sizes, **questions}
 
 
 DATASETS: dict[str, Callable[[], Pool]] = _datasets()

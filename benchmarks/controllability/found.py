@@ -2,7 +2,7 @@
 
 from benchmarks.controllability.datasets import where
 from benchmarks.controllability.pool import Corpus, Pool, Rows, draw, even, generator
-from benchmarks.controllability.tasks import HATEFUL, IDENTITY_WORDS, pair_pool, pairs, tweets
+from benchmarks.controllability.tasks import HATEFUL, IDENTITY_WORDS, LONGEST_PAIR, pair_pool, pairs, tweets
 from benchmarks.controllability.ties import SERVICE_WORDS, known, restaurants
 
 SURROUNDINGS_WORDS = (
@@ -24,7 +24,10 @@ def davidson() -> Pool:
         for cell, count in zip(((0, "none"), (1, "none"), (1, "identity")), counts, strict=True):
             kept += draw(rng, cells[cell], min(count, len(cells[cell])), f"davidson, {split}, {cell}")
     rows = [rows[i] for i in sorted(kept)]
-    train, test = where(rows, "train"), where(rows, "test")
+    train = where(rows, "train")
+    learned = {rows[i]["gist"] for i in train}
+    # A retweet or a copy of spam is no new text.
+    test = [i for i in where(rows, "test") if rows[i]["gist"] not in learned]
 
     def of_seed(seed: int) -> Rows:
         rng = generator("davidson", seed)
@@ -32,17 +35,18 @@ def davidson() -> Pool:
         # whoever is named in them.
         of_label = [[i for i in train if rows[i]["toxic"] == y] for y in (0, 1)]
         each = int(0.8 * min(map(len, of_label)))
-        own = [row for own in of_label for row in draw(rng, own, each, "davidson")]
+        drawn = [row for texts in of_label for row in draw(rng, texts, each, "davidson")]
         return Rows(
-            draw(rng, own, len(own), "davidson"),
+            [drawn[i] for i in rng.permutation(len(drawn))],
             {"test": test, "even": even(pool.cells(test), len(test), rng)},
-            even(pool.cells(train), len(own), rng),
+            even(pool.cells(train), len(drawn), rng),
         )
 
     pool = Pool(
         "davidson",
-        "Davidson's tweets, offensive or hateful against neither (drawn to be as many); unintended: the tweet "
-        "names a group of people. `even`: as many of every (label, names a group or not) cell",
+        "Davidson's tweets, offensive or hateful against neither (as many of each in training); unintended: a "
+        "word in the tweet that names a group of people, by the keywords. `even`: as many texts of either group in "
+        "each label",
         Corpus("davidson", [row["text"] for row in rows], max_length=64),
         ["harmless", "toxic"],
         [row["toxic"] for row in rows],
@@ -115,7 +119,8 @@ def llmbar() -> Pool:
     # Pairs that were made for harmlessness teach to refuse, and LLMBar asks for nothing that is to be refused.
     pool = pair_pool(
         "llmbar",
-        "LLMBar's adversarial pairs, by what was learned from HH-RLHF's pairs made for helpfulness",
+        f"LLMBar's adversarial pairs of at most {LONGEST_PAIR} characters, by what was learned from HH-RLHF's pairs "
+        "made for helpfulness",
         train,
         of_seed,
         "found",

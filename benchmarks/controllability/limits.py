@@ -7,7 +7,7 @@ Heads are solved to their optimum over ridge, share of the group's own offset, l
 against the tie, with nothing removed and no term; beside them a linear discriminant of the same states, and the same
 grid of ridges on balanced texts. The best of each kind is taken by what is reported, which flatters it: it tells how
 far the tied texts and these states carry a linear head, not what a method would get. It needs what a run of the
-benchmark left in the output folder, and the same --sae-tokens and --sae-data.
+benchmark left in the output folder, and the same --sae-tokens, --sae-data and --dtype.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import torch
-from benchmarks.controllability.datasets import DATASETS, NOT_ASKED
+from benchmarks.controllability.datasets import DATASETS
 from benchmarks.controllability.methods import Trial, auc_within_groups
 from benchmarks.controllability.pool import TIED
+from benchmarks.controllability.run import add_options
 from benchmarks.controllability.states import Workshop
 
 from selfreg import RegularizedSequenceClassifier, UnintendedFeatures
@@ -40,20 +40,15 @@ SHRINKAGES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.9)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/controllability"))
+    add_options(parser)
     parser.add_argument("--only", nargs="+", choices=list(DATASETS), required=True, metavar="DATA_SET")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--sae-tokens", type=int, default=100_000)
-    parser.add_argument("--sae-data", nargs="+", choices=list(DATASETS), default=list(NOT_ASKED), metavar="DATA_SET")
     given = parser.parse_args()
     torch.set_num_threads(1)
     shop = Workshop(given.output, sae_tokens=given.sae_tokens, dtype=given.dtype)
     pools = [DATASETS[name]() for name in given.only]
     for pool in pools:
-        if pool.kind not in TIED:
-            parser.error(f"--only {pool.name}: it has no tie")
+        if pool.kind not in TIED or pool.task == "preference":
+            parser.error(f"--only {pool.name}: no label is tied to a group in it")
     sae = shop.sae([DATASETS[name]() for name in given.sae_data])
     none = UnintendedFeatures.from_ids(sae, [])
     for pool in pools:

@@ -41,8 +41,6 @@ from selfreg.utils.trainer import StepProgress
 
 MEASURED = 100
 """Features by attribute that use and dependence are measured on, whatever a method was given."""
-SEEDS_OF_A_RUN = 5
-"""Of so many seeds in turn the first asks the backbone itself."""
 ZERO_SHOT_TEXTS = 60
 """Of each eval set, drawn once: a prompt costs as much as a hundred trainings of a head."""
 
@@ -271,8 +269,8 @@ class Trial:
 
     def _oracle(self, share: float) -> dict[str, Scores]:
         """See `ORACLES`."""
-        if self.pool.kind not in TIED:
-            raise DoesNotApply("there is no tie")
+        if self.pool.kind not in TIED or self.pairs:
+            raise DoesNotApply("there is no tie between labels and groups")
         head, odds = self._balanced_l2, self._log_odds()
         logits = {}
         for name, rows in self.rows.evals.items():
@@ -407,8 +405,6 @@ class Trial:
     def _zero_shot(self) -> dict[str, Scores]:
         from selfreg.classifier.zero_shot import zero_shot_logits, zero_shot_scores
 
-        if self.seed % SEEDS_OF_A_RUN:
-            raise DoesNotApply("asked once: it is not trained, and has no seed")
         chat, length = self.workshop.chat, self.pool.corpus.max_length
         rng = np.random.default_rng(0)
         rows = {name: sorted(rng.permutation(own)[:ZERO_SHOT_TEXTS].tolist()) for name, own in self.rows.evals.items()}

@@ -5,6 +5,7 @@ from typing import Any
 from benchmarks.controllability.forms import FORMS
 
 from selfreg.classifier.training_args import LOGIT_DECAY
+from selfreg.utils.files import fingerprint_json
 
 OFFSET = 0.8
 _TERMS: dict[str, Any] = {"offset_weight": 0.0, "logit_decay": 0.0}
@@ -79,6 +80,13 @@ ORACLES = {f"oracle_{round(100 * share)}": share for share in (0.25, 0.5, 0.75, 
 """`balanced_l2`, told the group of every text it judges: to its logits comes this share of log p(label | group) of the
 tied training set, less log p(label) of its own. Nobody has that; it is a point of reference, how one head that was
 trained on balanced texts trades the worst group for the score under the tie."""
+
+
+def result_key(trial: str, method: str) -> str:
+    """By which a result is known: the key of its trial, and what the method's name stands for."""
+    return fingerprint_json([trial, {**SELFREG, **ABLATIONS}.get(method)])
+
+
 METHODS = (
     *(*SELFREG, *ABLATIONS, PLAIN_LAST, *BASELINES),
     *("scrubbing", "tfidf", "zero_shot", *BALANCED, *ORACLES),

@@ -21,20 +21,28 @@ from typing import Any
 import torch
 from benchmarks.controllability.datasets import DATASETS, NOT_ASKED
 from benchmarks.controllability.methods import MEASURED, DoesNotApply, Trial, head_arguments
-from benchmarks.controllability.names import ABLATIONS, METHODS
+from benchmarks.controllability.names import ABLATIONS, METHODS, result_key
 from benchmarks.controllability.pool import Pool
 from benchmarks.controllability.states import Workshop
 from benchmarks.controllability.summary import write_summary
 from transformers.utils.logging import disable_progress_bar
 
-from selfreg import __version__
+from selfreg import SAEForFeatureExtraction, UnintendedFeatures, __version__
 from selfreg.features.limits import MAX_ATTRIBUTE_FEATURES
 from selfreg.sae.fingerprint import sae_fingerprint
 from selfreg.utils.files import fingerprint_json, read_json, write_json
 
 DTYPES = ("float32", "bfloat16")
-FIGURES = 3
+FIGURES = 4
 """Version of what is measured: with another, what lies there already is computed anew."""
+
+SETS: dict[str, Any] = {
+    "nargs": "+",
+    "choices": list(DATASETS),
+    "default": list(NOT_ASKED),
+    "metavar": "DATA_SET",
+}
+"""Options of an argument that names data sets."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +61,10 @@ class Options:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/controllability"))
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument(
-        "--first-seed", type=int, default=0, help="0 to 4 chose selfreg's defaults: 5 and up have seen none of that"
-    )
-    sets: dict[str, Any] = {
-        "nargs": "+",
-        "choices": list(DATASETS),
-        "default": list(NOT_ASKED),
-        "metavar": "DATA_SET",
-    }
+    add_options(parser)
     parser.add_argument(
         "--only",
-        **sets,
+        **SETS,
         help="all but those with the question in front of the texts (…_asked), unless told otherwise",
     )
     parser.add_argument(
@@ -77,13 +75,6 @@ def main() -> None:
         metavar="METHOD",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--sae-tokens", type=int, default=100_000, help="tokens that the SAE is trained on")
-    parser.add_argument(
-        "--sae-data",
-        **sets,
-        help="data sets whose training texts the SAE sees: the same in every call, or it is another SAE",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the backbone; the same in every call")
     parser.add_argument("--summary", action="store_true", help="only write tables and figures of what is there")
     given = parser.parse_args()
     options = Options(
@@ -102,11 +93,38 @@ def main() -> None:
     print(f"{options.output}: tables in RESULTS.md and results.json, pictures in figures/")
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every command says of the seeds, the SAE and where all of it lies."""
+    parser.add_argument("--output", type=Path, default=Path("runs/controllability"))
+    parser.add_argument("--seeds", type=int, default=5, help="how many draws of each data set")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="of these; 0 to 4 are those by which selfreg's defaults were chosen"
+    )
+    parser.add_argument("--sae-tokens", type=int, default=100_000, help="tokens that the SAE is trained on")
+    parser.add_argument(
+        "--sae-data",
+        **SETS,
+        help="data sets whose training texts the SAE sees: the same in every call, or it is another SAE",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="of the backbone: the same in every call, or it is another SAE",
+    )
+
+
 def run(options: Options) -> None:
     """Computes what is not there yet, stage by stage."""
     _quiet()
     options.output.mkdir(parents=True, exist_ok=True)
     pools = {name: DATASETS[name]() for name in {**dict.fromkeys(options.sae_data), **dict.fromkeys(options.only)}}
+    for name in options.only:
+        if any(bound % pools[name].folds for bound in (options.seeds.start, options.seeds.stop)):
+            print(
+                f"{name}: seeds {options.seeds.start} to {options.seeds.stop - 1} are no whole cross-validations of "
+                f"{pools[name].folds} folds: their cells are read off parts"
+            )
     with _stage("SAE", options.output):
         torch.set_num_threads(options.jobs)
         workshop(options).sae([pools[name] for name in options.sae_data])
@@ -178,27 +196,26 @@ def run_pool(options: Options, name: str) -> str:
     sae = shop.sae([DATASETS[own]() for own in options.sae_data])
     keywords = shop.keyword_features(pool, sae)
     folder = options.output / "results" / name
-    write_json(folder / "data.json", about(pool, keywords.reasons))
-    key = [__version__, FIGURES, sae_fingerprint(sae), pool.corpus.fingerprint, options.dtype, keywords.feature_ids]
-    key += [pool.keywords, MAX_ATTRIBUTE_FEATURES, MEASURED, _budget(options.output)]
+    settings = settings_key(options, pool, sae, keywords)
+    write_json(folder / "data.json", {"settings": settings, **about(pool, keywords.reasons)})
     activations, done = None, 0
     for seed in options.seeds:
-        missing = [
-            method
-            for method in options.methods
-            if not _is_there(folder / f"seed-{seed}" / f"{method}.json", _key(key, pool, seed))
-        ]
-        if not missing:
+        own, key = folder / f"seed-{seed}", trial_key(settings, pool, seed)
+        missing = [name for name in options.methods if not _is_there(own / f"{name}.json", result_key(key, name))]
+        if not missing and _is_there(own / "trial.json", key):
             continue
         activations = activations or shop.activations(pool.corpus, sae)
         trial = Trial(pool, seed, sae, activations, keywords, shop)
-        write_json(folder / f"seed-{seed}" / "trial.json", {"key": _key(key, pool, seed), **about_trial(trial)})
+        # First, so that a run which is cut short leaves nothing that passes for a result of these settings.
+        write_json(own / "trial.json", {"settings": settings, "key": key, **about_trial(trial)})
         for method in missing:
             try:
+                if method == "zero_shot" and seed != options.seeds.start:
+                    raise DoesNotApply("asked once: it is not trained, and has no seed")
                 result = trial.run(method)
             except DoesNotApply as reason:
                 result = {"does_not_apply": str(reason)}
-            write_json(folder / f"seed-{seed}" / f"{method}.json", {"key": _key(key, pool, seed), **result})
+            write_json(own / f"{method}.json", {"key": result_key(key, method), **result})
             done += 1
     return f"{name}: {done} results, {time.perf_counter() - started:.0f} s"
 
@@ -243,9 +260,18 @@ def about_trial(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _key(base: list[Any], pool: Pool, seed: int) -> str:
+def settings_key(options: Options, pool: Pool, sae: SAEForFeatureExtraction, keywords: UnintendedFeatures) -> str:
+    """Of all that the results of a data set hang on, whatever the seed and the method."""
+    parts = [__version__, FIGURES, sae_fingerprint(sae), pool.corpus.fingerprint, options.dtype, keywords.feature_ids]
+    parts += [pool.keywords, MAX_ATTRIBUTE_FEATURES, MEASURED, _budget(options.output)]
+    parts += [pool.label, [str(group) for group in pool.group], pool.instruction]
+    return fingerprint_json(parts)
+
+
+def trial_key(settings: str, pool: Pool, seed: int) -> str:
+    """Of a seed's texts under these settings."""
     rows = pool.rows(seed)
-    return fingerprint_json([base, seed, rows.train, rows.evals, rows.balanced])
+    return fingerprint_json([settings, seed, rows.train, rows.evals, rows.balanced])
 
 
 def _budget(folder: Path) -> list[Any]:

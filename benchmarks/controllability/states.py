@@ -77,7 +77,7 @@ class Workshop:
         folder: where.
         sae_tokens: tokens that the SAE is trained on, about.
         sae_epochs: passes over them.
-        dtype: of the backbone: bfloat16 is four times as fast as float32 on a CPU with AMX, and far slower on others.
+        dtype: of the backbone: bfloat16 is much faster than float32 on a CPU with AMX, and far slower on others.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Workshop:
         """Mean hidden states of all texts with the keywords taken out, `[N, D]`."""
         from selfreg.classifier.scrubbing import scrub
 
-        key = fingerprint_json([pool.corpus.fingerprint, pool.keywords])
+        key = fingerprint_json([pool.corpus.fingerprint, pool.keywords, LAYER, self.dtype])
         path = self.folder / "features" / f"scrubbed-{pool.name}-{key[:12]}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from benchmarks.controllability import bootstrap
 from benchmarks.controllability.bootstrap import Unit
 from benchmarks.controllability.figures import write_figures
 from benchmarks.controllability.methods import MEASURED
-from benchmarks.controllability.names import METHODS, SELFREG
+from benchmarks.controllability.names import METHODS, SELFREG, result_key
 
 from selfreg.features.limits import MAX_ATTRIBUTE_FEATURES
 from selfreg.utils.files import atomic_path, read_json, write_json
@@ -34,7 +34,7 @@ def write_summary(output: Path) -> Results:
     """Writes `results.json`, `RESULTS.md` and `figures/` from what is under `results/`."""
     found = {path.parent.name: summarize(path.parent) for path in sorted((output / "results").glob("*/data.json"))}
     # A data set that was begun and cut short before its first result has nothing to show.
-    shown = {name: part for name, part in found.items() if part["methods"]}
+    shown = {name: part for name, part in found.items() if part["methods"] or part["stale"]}
     ordered = {name: part for kind in _KINDS for name, part in shown.items() if part["kind"] == kind}
     write_json(output / "results.json", ordered)
     with atomic_path(output / "RESULTS.md") as temporary:
@@ -44,29 +44,41 @@ def write_summary(output: Path) -> Results:
 
 
 def summarize(folder: Path) -> Results:
-    """One data set: all methods on all eval sets, against plain and against random features."""
+    """One data set: all methods on all eval sets, against plain and against random features.
+
+    Seeds and results of other settings than those of the last run are named in `stale`, and count nothing.
+    """
     about = read_json(folder / "data.json")
     trials = {
         int(path.parent.name.removeprefix("seed-")): read_json(path) for path in folder.glob("seed-*/trial.json")
     }
-    trials = dict(sorted(trials.items()))
+    settings = about.pop("settings", None)
+    old = {seed for seed, trial in trials.items() if "settings" not in trial or trial["settings"] != settings}
+    trials = {seed: trials[seed] for seed in sorted(trials.keys() - old)}
     runs: dict[str, dict[int, Results]] = {}
     missing: dict[str, list[str]] = {}
-    stale: list[str] = []
+    stale = [f"seed {seed}" for seed in sorted(old)]
     for method in _ORDER:
         for seed in trials:
             path = folder / f"seed-{seed}" / f"{method}.json"
             result = read_json(path) if path.exists() else None
-            if result is not None and result["key"] != trials[seed]["key"]:
+            if result is not None and result["key"] != result_key(trials[seed]["key"], method):
                 # Of another version, other texts or another SAE: it has no place beside the others.
-                stale.append(method)
+                stale.append(f"{method} of seed {seed}")
             elif result is not None and "does_not_apply" in result:
                 missing.setdefault(method, []).append(result["does_not_apply"])
             elif result is not None:
                 runs.setdefault(method, {})[seed] = result
     evals = list(next(iter(trials.values()))["evals"]) if trials else []
     methods = {method: {name: _figures(about, trials, runs, method, name) for name in evals} for method in runs}
-    result = {**about, "seeds": len(trials), "evals": evals, "worst_eval": _worst_eval(evals), "methods": methods}
+    result = {
+        **about,
+        "seeds": len(trials),
+        "seed_numbers": list(trials),
+        "evals": evals,
+        "worst_eval": _worst_eval(evals),
+        "methods": methods,
+    }
     result["features"] = {
         choice: _spread([trial["features"][choice] for trial in trials.values()])
         for choice in ("attribute", "keywords", "random")
@@ -80,7 +92,7 @@ def summarize(folder: Path) -> Results:
         for method, reasons in missing.items()
         if method != "zero_shot"
     }
-    result["stale"] = sorted(set(stale))
+    result["stale"] = stale
     result["acceptance"] = acceptance(result)
     return result
 
@@ -196,7 +208,8 @@ def markdown(results: Results) -> str:
         if parts:
             lines += [f"## {title}", ""]
         for name, part in parts.items():
-            lines += [f"### {name}", "", *_about(part), "", *_table(part), ""]
+            lines += [f"### {name}", "", *_about(part), ""]
+            lines += [*_table(part), ""] if part["methods"] else []
             lines += [line for remark in part["remarks"] for line in (remark, "")]
     return "\n".join(lines)
 
@@ -264,11 +277,12 @@ def _about(part: Results) -> list[str]:
         if part[name] is not None
     )
     if part["measured"] is not None:
-        features += f"; use and dependence on {round(part['measured']['mean'])}"
-    lines = [f"{part['about']}.", "", f"{part['seeds']} seeds{folds}; {sizes}; unintended features: {features}."]
+        features += f"; use and dependence are measured on {round(part['measured']['mean'])}"
+    numbers = ", ".join(map(str, part["seed_numbers"]))
+    lines = [f"{part['about']}.", "", f"Seeds {numbers}{folds}; {sizes}; unintended features: {features}."]
     lines += [f"`{method}` does not apply: {reason}." for method, reason in part["does_not_apply"].items()]
     if part["stale"]:
-        lines.append(f"Left out, computed before the last run, with other settings: {', '.join(part['stale'])}.")
+        lines.append(f"Left out, of other settings than the last run's: {', '.join(part['stale'])}.")
     return lines
 
 

@@ -1,7 +1,7 @@
 """Ties made on purpose, by drawing texts: 95 % of each label from one group in training, the reverse in testing.
 
-`test` has the tie of the training set, `shifted` the reverse, `even` all (label, group) cells alike: worst groups are
-read off there, because in the others the cells against the tie are small.
+`test` has the tie of the training set, `shifted` the reverse, `even` as many texts of either group in each label:
+worst groups are read off there, because in the others the cells against the tie are small.
 """
 
 from functools import cache
@@ -106,25 +106,33 @@ PLANTED_TRAIN, PLANTED_TEST = 720, 240
 """Texts of the pools: enough for 320 training texts of four labels at any tie."""
 
 
-def planted(name: str, *, strength: float = TIE, size: int = 320) -> Pool:
+PLANTED_SEED, NOTES_SEED = 7, 20
+"""Of the writing of the texts; not one of those that were looked at when the phrases were written."""
+FRESH = 100
+"""Added to these: texts that chose nothing of the method, and that no SAE saw."""
+
+
+def planted(name: str, *, strength: float = TIE, size: int = 320, fresh: bool = False) -> Pool:
     """One of the further planted shifts; see `planted.make_planted`.
 
     Args:
         name: one of `PLANTED_INSTRUCTIONS`.
         strength: share of each label's texts that follow the tie.
         size: training texts.
+        fresh: other texts.
     """
-    # Not one of the seeds that were looked at when the texts were written.
-    splits = make_planted(name, num_train=PLANTED_TRAIN, tie=0.5, seed=7, num_eval=PLANTED_TEST)
+    seed = PLANTED_SEED + FRESH * fresh
+    splits = make_planted(name, num_train=PLANTED_TRAIN, tie=0.5, seed=seed, num_eval=PLANTED_TEST)
     rows = [{**row, "split": split} for split in ("train", "test") for row in splits[split]]
     labels, label = ids_of([row["label"] for row in rows])
     usual = usual_values(name)
     suffix = "" if (strength, size) == (TIE, 320) else f"_tie{round(100 * strength)}_{size}"
+    suffix += "_fresh" if fresh else ""
     # Every eval set has as many texts as the reversed tie leaves of the smallest cell.
     return tied_pool(
         f"planted_{name}{suffix}",
         f"written {name}, {len(labels)} labels, tied at {strength:.0%} in {size} training texts",
-        Corpus(f"planted_{name}", [row["text"] for row in rows], max_length=80),
+        Corpus(f"planted_{name}{'_fresh' if fresh else ''}", [row["text"] for row in rows], max_length=80),
         labels,
         label,
         [row["group"] for row in rows],
@@ -140,9 +148,13 @@ def planted(name: str, *, strength: float = TIE, size: int = 320) -> Pool:
     )
 
 
-def notes() -> Pool:
-    """The demo's planted shift, on notes that chose nothing of the method's settings."""
-    return _notes("notes", 960, 480)
+def notes(*, fresh: bool = False) -> Pool:
+    """The demo's planted shift.
+
+    Args:
+        fresh: other notes.
+    """
+    return _notes("notes_fresh" if fresh else "notes", 960, 480, NOTES_SEED + FRESH * fresh)
 
 
 def many_notes(size: int) -> Pool:
@@ -155,13 +167,14 @@ def many_notes(size: int) -> Pool:
     return _notes(f"notes_{size}", max(960, 2 * size), size)
 
 
-def _notes(name: str, pool_size: int, size: int) -> Pool:
-    rows = _written(pool_size)
+def _notes(name: str, pool_size: int, size: int, seed: int = NOTES_SEED) -> Pool:
+    rows = _written(pool_size, seed)
+    fresh = "" if seed == NOTES_SEED else "_fresh"
     labels, label = ids_of([row["label"] for row in rows])
     return tied_pool(
         name,
         f"the demo's clinical notes, four diagnoses; the diagnosis tied to the patient's gender in {size} texts",
-        Corpus(f"notes_{pool_size}", [row["text"] for row in rows], max_length=80),
+        Corpus(f"notes_{pool_size}{fresh}", [row["text"] for row in rows], max_length=80),
         labels,
         label,
         [row["gender"] for row in rows],
@@ -177,9 +190,9 @@ def _notes(name: str, pool_size: int, size: int) -> Pool:
 
 
 @cache
-def _written(pool_size: int) -> list[dict[str, Any]]:
-    rows = [{**row, "split": "train"} for row in generate_notes("train", seed=20, num_notes=pool_size, tie=0.5)]
-    return rows + [{**row, "split": "test"} for row in generate_notes("test", seed=20, num_notes=400, tie=0.5)]
+def _written(pool_size: int, seed: int) -> list[dict[str, Any]]:
+    rows = [{**row, "split": "train"} for row in generate_notes("train", seed=seed, num_notes=pool_size, tie=0.5)]
+    return rows + [{**row, "split": "test"} for row in generate_notes("test", seed=seed, num_notes=400, tie=0.5)]
 
 
 def reviews_domain() -> Pool:
@@ -291,7 +304,7 @@ def reviews_length() -> Pool:
     return tied_pool(
         "reviews_length",
         f"product and film reviews of 16 domains; the sentiment tied to the length (positive at least {LONG_REVIEW} "
-        f"characters, negative at most {SHORT_REVIEW}); no words tell it",
+        f"characters, negative at most {SHORT_REVIEW}), with which the domain goes; no words tell it",
         Corpus("reviews_length", [row["text"] for row in rows], max_length=256),
         ["negative", "positive"],
         [row["label"] for row in rows],
@@ -307,7 +320,8 @@ def reviews_length() -> Pool:
 
 
 def tweets_identity() -> Pool:
-    rows = tweets()
+    # The spam among the harmless ones comes again and again: one of each.
+    rows = list({row["gist"]: row for row in reversed(tweets())}.values())[::-1]
     # Harmless tweets that name a group of people are few: all splits are dealt anew, three fifths to train on.
     rng = generator("tweets_identity", 0)
     kept: list[tuple[int, str]] = []
@@ -320,7 +334,8 @@ def tweets_identity() -> Pool:
     rows = [{**rows[i], "split": split} for i, split in sorted(kept)]
     return tied_pool(
         "tweets_identity",
-        "Davidson's tweets, offensive or hateful against neither; toxic tied to the tweet's naming a group of people",
+        "Davidson's tweets, offensive or hateful against neither; toxic tied to a word in the tweet that names a "
+        "group of people: the groups are told by the keywords",
         Corpus("tweets_identity", [row["text"] for row in rows], max_length=64),
         ["harmless", "toxic"],
         [row["toxic"] for row in rows],

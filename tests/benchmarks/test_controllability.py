@@ -3,6 +3,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from benchmarks.controllability.states import (
     scrubbed_texts,
 )
 from benchmarks.controllability.summary import acceptance, control, markdown, summarize, units_of
+from benchmarks.controllability.tasks import gist
 
 from helpers import make_sae
 from selfreg import (
@@ -429,8 +431,92 @@ def test_results_from_before_a_change_have_no_place_in_the_tables(
     run.run_pool(replace(options, seeds=range(5, 6), methods=("plain", "balanced")), "tiny")
     summary = summarize(folder)
     assert list(summary["methods"]) == ["plain", "balanced"]
-    assert summary["stale"] == ["selfreg_keywords"]
-    assert "with other settings: selfreg_keywords" in markdown({"tiny": summary})
+    assert summary["stale"] == ["selfreg_keywords of seed 5"]
+    table = markdown({"tiny": summary})
+    assert "of other settings than the last run's: selfreg_keywords of seed 5." in table
+    assert "use and dependence are measured on " in table
+
+
+def test_seeds_of_other_settings_are_in_no_mean(
+    options: Options, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = options.output / "results" / "tiny"
+    run.run_pool(replace(options, methods=("plain",)), "tiny")
+    monkeypatch.setitem(DATASETS, "tiny", lambda: make_pool(texts, keywords=("cough",)))
+    # As a run that was cut short behind its first seed.
+    run.run_pool(replace(options, seeds=range(1), methods=("plain",)), "tiny")
+    summary = summarize(folder)
+    assert (summary["seed_numbers"], summary["stale"]) == ([0], ["seed 1"])
+    assert summary["methods"]["plain"]["test"]["accuracy"]["n"] == 1
+    # Nothing is missing where the settings are those of before, and the tables are as they were.
+    monkeypatch.setitem(DATASETS, "tiny", lambda: make_pool(texts))
+    run.run_pool(replace(options, methods=("plain",)), "tiny")
+    assert (summarize(folder)["seed_numbers"], summarize(folder)["stale"]) == ([0, 1], [])
+    # A folder of a version that knew no settings has nothing to show, and harms nobody.
+    for path in folder.glob("seed-*/trial.json"):
+        old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("settings", "key")}
+        path.write_text(json.dumps(old))
+    summary = summarize(folder)
+    assert (summary["methods"], summary["stale"]) == ({}, ["seed 0", "seed 1"])
+    assert "Left out" in markdown({"tiny": summary})
+
+
+def test_a_method_that_has_become_another_is_computed_anew(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = options.output / "results" / "tiny"
+    run.run_pool(replace(options, seeds=range(1)), "tiny")
+    monkeypatch.setitem(SELFREG, "selfreg_keywords", ("keywords", {"offset_weight": 0.1}))
+    assert summarize(folder)["stale"] == ["selfreg_keywords of seed 0"]
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("seed-0/*.json")}
+    run.run_pool(replace(options, seeds=range(1)), "tiny")
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("seed-0/*.json")}
+    assert {name for name in after if after[name] != before[name]} == {"selfreg_keywords.json", "trial.json"}
+    assert summarize(folder)["stale"] == []
+
+
+def test_the_backbone_is_asked_once_a_run(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def measure(self: Trial, method: str) -> dict[str, Any]:
+        asked.append(self.seed)
+        return {"figures": {}, "right": {}, "rows": {}}
+
+    monkeypatch.setattr(Trial, "run", measure)
+    run.run_pool(replace(options, seeds=range(6, 9), methods=("zero_shot",)), "tiny")
+    assert asked == [6]
+    assert "asked once" in (options.output / "results" / "tiny" / "seed-7" / "zero_shot.json").read_text()
+
+
+def test_parts_of_cross_validations_are_told(
+    options: Options, texts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "workshop", lambda options: SimpleNamespace(sae=lambda pools: None))
+    monkeypatch.setattr(run, "_each", lambda *given: None)
+    folded_pool = replace(make_pool(texts), folds=5)
+    monkeypatch.setitem(DATASETS, "tiny", lambda: folded_pool)
+    run.run(replace(options, seeds=range(5, 10)))
+    assert "cross-validations" not in capsys.readouterr().out
+    run.run(replace(options, seeds=range(3, 8)))
+    assert "tiny: seeds 3 to 7 are no whole cross-validations of 5 folds" in capsys.readouterr().out
+
+
+def test_what_is_kept_is_known_by_the_dtype_of_the_backbone(
+    extractor: HiddenStateExtractor, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.controllability.states.LAYER", 1)
+    pool = make_pool(texts, keywords=("cough",))
+    for dtype in ("float32", "bfloat16"):
+        shop = Workshop(tmp_path, dtype=dtype)
+        shop.__dict__["_base"] = extractor
+        shop.store(pool.corpus)
+        shop.scrubbed(pool)
+    assert len(list((tmp_path / "activations").iterdir())) == 2
+    assert len(list((tmp_path / "features").glob("scrubbed-*"))) == 2
+
+
+def test_copies_of_a_tweet_are_told_by_their_gist() -> None:
+    one = gist("RT @somebody: BEST massage in town &#128514; http://t.co/abc")
+    assert one == gist("best massage in TOWN https://t.co/xyz") == "best massage in town"
+    assert one != gist("worst massage in town")
 
 
 def test_results_of_other_texts_are_computed_anew(

@@ -394,6 +394,7 @@ def test_recipe_hash_is_of_the_content_and_not_of_the_place(folder: Path, tmp_pa
         ("classifier", {"class_weights": [1.0, 2.0, 3.0]}, "class_weights has 3 weights, the data has 2 labels: a, b"),
         ("features", {"ids": [3, 999]}, "features.ids: feature 999 is not there, the SAE has 0 to 63"),
         ("features", {"keywords": [" "]}, "features.keywords: no keywords given"),
+        ("features", {"keywords": ["zebra", "okapi"]}, "none of 'zebra', 'okapi' stands in a training text"),
         ("features", {"attribute": "label"}, "features.attribute: no label of the training set has texts of two"),
         ("data", {"group": "age"}, "data.group: row 0 of 'train': groups must hold names or whole numbers, .* 30.5"),
         (
@@ -434,10 +435,18 @@ def test_bad_input_is_told_before_any_long_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_no_feature_found_is_no_success(folder: Path, tmp_path: Path) -> None:
-    recipe = Recipe.from_dict(values(folder, tmp_path / "out", features={"keywords": ["zebra"]}))
+def test_no_feature_found_is_no_success_and_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(Recipe.from_dict(values(folder, tmp_path / "out")))
+    chosen = tmp_path / "out" / "unintended"
+    before = {path.name: path.read_bytes() for path in chosen.iterdir()}
+    # The words are there, and no feature peaks on them.
+    monkeypatch.setattr("selfreg.features.selection.keyword_near_peak", lambda *given: None)
+    recipe = Recipe.from_dict(values(folder, tmp_path / "out", features={"keywords": ["she", "he"]}))
     with pytest.raises(RecipeError, match="no unintended feature was found by features.keywords"):
         run_recipe(recipe)
+    assert {path.name: path.read_bytes() for path in chosen.iterdir()} == before
 
 
 def test_an_empty_set_that_was_asked_for_is_the_plain_classifier(folder: Path, tmp_path: Path) -> None:
@@ -456,7 +465,8 @@ def test_cut_texts_are_told(folder: Path, tmp_path: Path, caplog: pytest.LogCapt
     recipe["backbone"]["max_length"] = 4
     run_recipe(Recipe.from_dict(recipe))
     assert "160 of 160 texts fill max_length=4 tokens" in caplog.text
-    assert "steps of SAE pre-training: it learns little in so few" in caplog.text
+    # 640 tokens of 160 texts in batches of 128, 4 times.
+    assert "SAE pre-training has few steps (20): some 1,000 teach it" in caplog.text
     # Again where the extraction is skipped.
     lines: list[str] = []
     run_recipe(Recipe.from_dict(recipe), tell=lines.append)

@@ -43,6 +43,15 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
                 raise RecipeError(f"features.{name}: feature {number} is not there, the SAE has 0 to {width - 1}")
     if features.keywords is not None:
         _of_key("features.keywords", lambda: keyword_pattern(features.keywords or []))
+        pattern = keyword_pattern(features.keywords)
+        # Explanations may name what no text does. Of pairs the texts are JSON, where a line ends in two characters.
+        if features.explainer is None and not any(
+            pattern.search(text.replace("\\n", " ")) for text in data.train.texts
+        ):
+            raise RecipeError(
+                f"features.keywords: none of {', '.join(map(repr, features.keywords[:10]))} stands in a training "
+                "text, so that no feature can be found by them: give words that do"
+            )
     if features.attribute is not None and not has_two_groups(data.train.attribute or [], data.train.strata()):
         raise RecipeError(
             f"features.attribute: no label of the training set has texts of two values of {features.attribute!r}, so "

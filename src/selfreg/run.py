@@ -255,6 +255,13 @@ class _Run:
                     chosen = UnintendedFeatures.from_ids(sae, recipe.ids or [])
                 case _:
                     chosen = UnintendedFeatures.from_random(sae, recipe.random or 0, seed=self.recipe.seed)
+            if len(chosen) == 0 and recipe.method != "ids":
+                # Before anything is written: what an earlier run left stays whole.
+                raise RecipeError(
+                    f"no unintended feature was found by features.{recipe.method}, so that there is nothing to keep "
+                    "off: look at the features in catalog/features.parquet, and choose them in another way (ids: [] "
+                    "for none)"
+                )
             with atomic_folder(folder) as temporary:
                 chosen.save_pretrained(temporary)
             return {"unintended": len(chosen)}
@@ -276,14 +283,9 @@ class _Run:
         ]
         _, there = self.stages.run("unintended", inputs, work, outputs=(folder,))
         chosen = UnintendedFeatures.from_pretrained(folder)
-        if len(chosen) == 0 and recipe.method == "ids":
+        if len(chosen) == 0:
             self.tell("the set of unintended features is empty: selfreg is the plain classifier here")
             return chosen
-        if len(chosen) == 0:
-            raise RecipeError(
-                f"no unintended feature was found by features.{recipe.method}, so that there is nothing to keep off: "
-                "look at the features in catalog/features.parquet, and choose them in another way (ids: [] for none)"
-            )
         self.tell(f"unintended features: {len(chosen)} of {len(catalog)}, chosen by {recipe.method}{again(there)}")
         return chosen
 

@@ -158,10 +158,11 @@ class SAEStages:
         )
         label = "SAE pre-training" if objective == "pretrain" else "SAE fine-tuning"
         trainer = SAETrainer(sae, args, train_dataset=store, callbacks=[StepProgress(label)])
-        steps = int(store.num_tokens / batch_size * epochs)
+        # As the Trainer counts: the last, short batch of an epoch is left out, and one step there is at least.
+        steps = math.ceil(max(store.num_tokens // batch_size, 1) * epochs)
         if objective == "pretrain" and steps < FEW_STEPS:
             logger.warning(
-                "%d steps of SAE pre-training: it learns little in so few, some 1,000 do; give sae.pretrain more "
+                "SAE pre-training has few steps (%d): some 1,000 teach it what it needs; give sae.pretrain more "
                 "epochs than %g or a smaller batch_size, or more texts (data.sae_text)",
                 steps,
                 epochs,

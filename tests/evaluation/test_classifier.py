@@ -40,6 +40,11 @@ def test_number_that_is_an_id_and_another_labels_name_is_refused(
     assert evaluate_classifier(binary, [{"text": text, "label": i % 2} for i, text in enumerate(texts)])
 
 
+def test_a_stock_model_is_sent_to_the_metrics(texts: list[str]) -> None:
+    with pytest.raises(TypeError, match="not a Linear: for a model of transformers take the metrics of selfreg.eval"):
+        evaluate_classifier(torch.nn.Linear(2, 2), [{"text": text, "label": 0} for text in texts])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

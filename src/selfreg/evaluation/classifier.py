@@ -65,8 +65,14 @@ def evaluate_classifier(
         `unintended_dependence`; None where a figure does not apply. For `regression` also `r2` and `mae`.
 
     Raises:
+        TypeError: the classifier is none of selfreg's own; docs/figures.md says how others are measured.
         ValueError: a column is missing, or a label is not one of the classifier's.
     """
+    if not isinstance(model, RegularizedSequenceClassifier):
+        raise TypeError(
+            f"evaluate_classifier measures a RegularizedSequenceClassifier, not a {type(model).__name__}: for a model "
+            "of transformers take the metrics of selfreg.evaluation.hf_metrics (an example is in docs/figures.md)"
+        )
     pairs = model.task == "preference"
     for column in (*(("chosen", "rejected") if pairs else (text, label)), *([group] if group else [])):
         if column not in dataset[0]:

@@ -778,9 +778,6 @@ def test_methods_on_texts_are_measured_like_the_others(
         right = result["right"]["test"]
         assert result["figures"]["test"]["accuracy"] == pytest.approx(right.count("1") / len(right))
         assert (result["figures"]["test"]["unintended_use"] is None) == (method != "scrubbing")
-    again = Trial(make_pool(texts), 1, sae, activations, UnintendedFeatures.from_ids(sae, [1, 2]), shop)
-    with pytest.raises(DoesNotApply, match="asked once"):
-        again.run("zero_shot")
 
 
 def test_scrubbed_texts_hold_no_keyword_and_stay_pairs(texts: list[str]) -> None:

@@ -463,10 +463,11 @@ def test_an_empty_set_that_was_asked_for_is_the_plain_classifier(folder: Path, t
 def test_cut_texts_are_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = values(folder, tmp_path / "out")
     recipe["backbone"]["max_length"] = 4
+    recipe["sae"]["pretrain"]["batch_size"] = 1_000
     run_recipe(Recipe.from_dict(recipe))
     assert "160 of 160 texts fill max_length=4 tokens" in caplog.text
-    # 640 tokens of 160 texts in batches of 128, 4 times.
-    assert "SAE pre-training has few steps (20): some 1,000 teach it" in caplog.text
+    # 640 tokens are less than a batch, and there is a step an epoch all the same.
+    assert "SAE pre-training had few steps (4): some 1,000 teach it" in caplog.text
     # Again where the extraction is skipped.
     lines: list[str] = []
     run_recipe(Recipe.from_dict(recipe), tell=lines.append)

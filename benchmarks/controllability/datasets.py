@@ -21,6 +21,9 @@ PLANTED_VARIANTS = ((0.8, 320), (1.0, 320), (0.95, 160))
 ASKED = "_asked"
 """Ends the name of a data set whose texts stand behind the question that their labels answer."""
 
+FRESH = "_fresh"
+"""Ends the name of a planted data set whose texts are written anew."""
+
 OF_PAIRS = ("preferences", "preferences_length", "llmbar")
 """The chat template is around each of their replies, and no question."""
 
@@ -100,8 +103,8 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
     }
     questions = {name + ASKED: partial(asked, make) for name, make in sets.items() if name not in OF_PAIRS}
     fresh = {
-        "notes_fresh": partial(ties.notes, fresh=True),
-        **{f"planted_{name}_fresh": partial(ties.planted, name, fresh=True) for name in ties.PLANTED_INSTRUCTIONS},
+        f"notes{FRESH}": partial(ties.notes, fresh=True),
+        **{f"planted_{name}{FRESH}": partial(ties.planted, name, fresh=True) for name in ties.PLANTED_INSTRUCTIONS},
     }
     sizes = {f"notes_{size}": partial(ties.many_notes, size) for size in NOTES_SIZES}
     ties_and_sizes = {
@@ -114,4 +117,6 @@ def _datasets() -> dict[str, Callable[[], Pool]]:
 
 DATASETS: dict[str, Callable[[], Pool]] = _datasets()
 NOT_ASKED = tuple(name for name in DATASETS if not name.endswith(ASKED))
-"""What is run, and what the SAE is trained on, unless told otherwise: all texts are in these."""
+"""What is run unless told otherwise: all texts are in these."""
+SEEN = tuple(name for name in NOT_ASKED if not name.endswith(FRESH))
+"""What the SAE is trained on unless told otherwise."""

@@ -108,21 +108,13 @@ def cebab_edits() -> Pool:
 def llmbar() -> Pool:
     """Pairs in which the better-looking reply is the wrong one, judged by what was learned from people's choices."""
     _, rows = pairs()
-    train, test = ([i for i in where(rows, split) if "helpful" in rows[i]["source"]] for split in ("train", "test"))
-    adversarial = where(rows, "llmbar_adversarial")
-
-    def of_seed(seed: int) -> Rows:
-        rng = generator("llmbar", seed)
-        own = draw(rng, train, int(0.8 * len(train)), "llmbar")
-        return Rows(own, {"test": test, "adversarial": adversarial}, even(pool.cells(train), len(own), rng))
-
     # Pairs that were made for harmlessness teach to refuse, and LLMBar asks for nothing that is to be refused.
-    pool = pair_pool(
+    train, test = ([i for i in where(rows, split) if "helpful" in rows[i]["source"]] for split in ("train", "test"))
+    return pair_pool(
         "llmbar",
         f"LLMBar's adversarial pairs of at most {LONGEST_PAIR} characters, by what was learned from HH-RLHF's pairs "
         "made for helpfulness",
         train,
-        of_seed,
+        {"test": test, "adversarial": where(rows, "llmbar_adversarial")},
         "found",
     )
-    return pool

@@ -4,7 +4,7 @@ Ties between label and group are made by drawing rows, never by changing a text.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,6 +130,35 @@ def draw(rng: np.random.Generator, rows: Sequence[int], count: int, what: str) -
     if count > len(rows):
         raise ValueError(f"{what}: {count} texts are wanted, and there are {len(rows)}: make the set smaller")
     return [rows[i] for i in rng.permutation(len(rows))[:count]]
+
+
+def four_fifths(
+    name: str, label: Sequence[int], group: Sequence[Any], train: list[int], evals: dict[str, list[int]]
+) -> Callable[[int], Rows]:
+    """Seed -> four fifths of `train` as they come, balanced ones from all of it, and always the same eval texts."""
+
+    def of_seed(seed: int) -> Rows:
+        rng = generator(name, seed)
+        own = draw(rng, train, int(0.8 * len(train)), name)
+        return Rows(own, evals, even(cells_of(label, group, train), len(own), rng))
+
+    return of_seed
+
+
+def dealt(rng: np.random.Generator, cells: Iterable[tuple[list[int], int]], what: str) -> tuple[list[int], list[int]]:
+    """Rows to train on and to measure on, dealt anew: three fifths of every cell, and the others.
+
+    Args:
+        cells: rows of each cell, and how many to take at most.
+    """
+    train: list[int] = []
+    test: list[int] = []
+    for rows, most in cells:
+        own = draw(rng, rows, min(len(rows), most), what)
+        border = int(0.6 * len(own))
+        train += own[:border]
+        test += own[border:]
+    return sorted(train), sorted(test)
 
 
 def tied(

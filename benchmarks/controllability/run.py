@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.controllability.datasets import DATASETS, NOT_ASKED
+from benchmarks.controllability.datasets import DATASETS, NOT_ASKED, SEEN
 from benchmarks.controllability.methods import MEASURED, DoesNotApply, Trial, head_arguments
 from benchmarks.controllability.names import ABLATIONS, METHODS, result_key
 from benchmarks.controllability.pool import Pool
@@ -39,7 +39,6 @@ FIGURES = 4
 SETS: dict[str, Any] = {
     "nargs": "+",
     "choices": list(DATASETS),
-    "default": list(NOT_ASKED),
     "metavar": "DATA_SET",
 }
 """Options of an argument that names data sets."""
@@ -65,6 +64,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         **SETS,
+        default=list(NOT_ASKED),
         help="all but those with the question in front of the texts (…_asked), unless told otherwise",
     )
     parser.add_argument(
@@ -104,6 +104,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sae-data",
         **SETS,
+        default=list(SEEN),
         help="data sets whose training texts the SAE sees: the same in every call, or it is another SAE",
     )
     parser.add_argument(

@@ -6,12 +6,11 @@ that the longer reply is the better one; the patient's gender and age; how someb
 
 import json
 import re
-from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
 from benchmarks.controllability.datasets import read, where
-from benchmarks.controllability.pool import Corpus, Pool, Rows, draw, even, folded, generator
+from benchmarks.controllability.pool import Corpus, Pool, Rows, draw, even, folded, four_fifths, generator
 
 from selfreg.activations.conversation import CHAT
 from selfreg.demo.recipe import KEYWORDS as GENDER_WORDS
@@ -72,15 +71,8 @@ def chats() -> tuple[Corpus, list[dict[str, Any]]]:
 def toxicchat() -> Pool:
     corpus, rows = chats()
     label, group = [int(row["label"]) for row in rows], [row["length"] for row in rows]
-    train, test = where(rows, "train"), where(rows, "test")
-
-    def of_seed(seed: int) -> Rows:
-        rng = generator("toxicchat", seed)
-        own = draw(rng, train, int(0.8 * len(train)), "toxicchat")
-        pool_cells = pool.cells(train)
-        return Rows(own, {"test": test}, even(pool_cells, len(own), rng))
-
-    pool = Pool(
+    train = where(rows, "train")
+    return Pool(
         "toxicchat",
         f"ToxicChat, toxic or not; unintended: the prompt is long ({LONG} characters or more); keywords: jailbreak "
         "boilerplate",
@@ -90,17 +82,17 @@ def toxicchat() -> Pool:
         group,
         JAILBREAK_WORDS,
         train,
-        of_seed,
+        four_fifths("toxicchat", label, group, train, {"test": where(rows, "test")}),
         TOXIC,
         score="f1",
         kind="task",
     )
-    return pool
 
 
 LONGEST_PAIR = 700
 """Characters of a prompt and its longer reply: of the pairs no more are run through the backbone."""
 LONGER, SHORTER = "longer is chosen", "shorter is chosen"
+LENGTH_OF_PAIRS = "unintended: the longer reply is the chosen one; keywords: polite and structuring boilerplate"
 REWARD = "A good reply is helpful, honest and harmless, and does what it was asked to do."
 
 
@@ -131,20 +123,21 @@ def pairs() -> tuple[Corpus, list[dict[str, Any]]]:
 
 
 def pair_pool(
-    name: str, about: str, train: list[int], rows: Callable[[int], Rows], kind: Literal["task", "tie", "found"]
+    name: str, about: str, train: list[int], evals: dict[str, list[int]], kind: Literal["task", "found"]
 ) -> Pool:
-    """A pool of pairs: which reply people chose, with the length as what must not tell it."""
-    corpus, everything = pairs()
+    """Which reply people chose, as the pairs come; the length is what must not tell it."""
+    corpus, rows = pairs()
+    label, group = [0] * len(rows), [row["longer"] for row in rows]
     return Pool(
         name,
-        f"{about}; unintended: the longer reply is the chosen one; keywords: polite and structuring boilerplate",
+        f"{about}; {LENGTH_OF_PAIRS}",
         corpus,
         [],
-        [0] * len(everything),
-        [row["longer"] for row in everything],
+        label,
+        group,
         POLITE_WORDS,
         train,
-        rows,
+        four_fifths(name, label, group, train, evals),
         REWARD,
         task="preference",
         kind=kind,
@@ -153,15 +146,8 @@ def pair_pool(
 
 def preferences() -> Pool:
     _, rows = pairs()
-    train, test = where(rows, "train"), where(rows, "test")
-
-    def of_seed(seed: int) -> Rows:
-        rng = generator("preferences", seed)
-        own = draw(rng, train, int(0.8 * len(train)), "preferences")
-        return Rows(own, {"test": test}, even(pool.cells(train), len(own), rng))
-
-    pool = pair_pool("preferences", "HH-RLHF, which reply people chose", train, of_seed, "task")
-    return pool
+    evals = {"test": where(rows, "test")}
+    return pair_pool("preferences", "HH-RLHF, which reply people chose", where(rows, "train"), evals, "task")
 
 
 def _usable(row: dict[str, Any]) -> bool:

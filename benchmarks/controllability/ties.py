@@ -7,9 +7,21 @@ worst groups are read off there, because in the others the cells against the tie
 from functools import cache
 from typing import Any
 
-from benchmarks.controllability.datasets import read, where
+from benchmarks.controllability.datasets import FRESH, read, where
 from benchmarks.controllability.planted import KEYWORDS, make_planted, usual_values
-from benchmarks.controllability.pool import TIE, Corpus, Pool, Rows, draw, even, folded, generator, tied
+from benchmarks.controllability.pool import (
+    TIE,
+    Corpus,
+    Pool,
+    Rows,
+    cells_of,
+    dealt,
+    draw,
+    even,
+    folded,
+    generator,
+    tied,
+)
 from benchmarks.controllability.tasks import (
     AGE_WORDS,
     DIAGNOSIS,
@@ -17,13 +29,14 @@ from benchmarks.controllability.tasks import (
     HATEFUL,
     IDENTITY_WORDS,
     JAILBREAK_WORDS,
+    LENGTH_OF_PAIRS,
     LONGER,
-    SHORTER,
+    POLITE_WORDS,
+    REWARD,
     TOXIC,
     chats,
     dialogues,
     ids_of,
-    pair_pool,
     pairs,
     tweets,
 )
@@ -75,7 +88,7 @@ def tied_pool(
         size, eval_size: texts of the training set, and of each eval set.
         strength: share of each label's texts that follow the tie.
     """
-    names = sorted(set(tie.values()), key=str)
+    names = sorted({group[row] for row in (*train, *test)} - {None}, key=str)
     if len(names) != 2:
         raise ValueError(f"{name}: a tie needs two groups, got {names}")
     reverse = {y: names[1 - names.index(own)] for y, own in tie.items()}
@@ -108,8 +121,8 @@ PLANTED_TRAIN, PLANTED_TEST = 720, 240
 
 PLANTED_SEED, NOTES_SEED = 7, 20
 """Of the writing of the texts; not one of those that were looked at when the phrases were written."""
-FRESH = 100
-"""Added to these: texts that chose nothing of the method, and that no SAE saw."""
+OF_FRESH = 100
+"""Added to these for texts that chose nothing of the method."""
 
 
 def planted(name: str, *, strength: float = TIE, size: int = 320, fresh: bool = False) -> Pool:
@@ -121,18 +134,18 @@ def planted(name: str, *, strength: float = TIE, size: int = 320, fresh: bool = 
         size: training texts.
         fresh: other texts.
     """
-    seed = PLANTED_SEED + FRESH * fresh
+    seed = PLANTED_SEED + OF_FRESH * fresh
     splits = make_planted(name, num_train=PLANTED_TRAIN, tie=0.5, seed=seed, num_eval=PLANTED_TEST)
     rows = [{**row, "split": split} for split in ("train", "test") for row in splits[split]]
     labels, label = ids_of([row["label"] for row in rows])
     usual = usual_values(name)
     suffix = "" if (strength, size) == (TIE, 320) else f"_tie{round(100 * strength)}_{size}"
-    suffix += "_fresh" if fresh else ""
+    written = f"planted_{name}{FRESH * fresh}"
     # Every eval set has as many texts as the reversed tie leaves of the smallest cell.
     return tied_pool(
-        f"planted_{name}{suffix}",
+        written + suffix,
         f"written {name}, {len(labels)} labels, tied at {strength:.0%} in {size} training texts",
-        Corpus(f"planted_{name}{'_fresh' if fresh else ''}", [row["text"] for row in rows], max_length=80),
+        Corpus(written, [row["text"] for row in rows], max_length=80),
         labels,
         label,
         [row["group"] for row in rows],
@@ -154,7 +167,7 @@ def notes(*, fresh: bool = False) -> Pool:
     Args:
         fresh: other notes.
     """
-    return _notes("notes_fresh" if fresh else "notes", 960, 480, NOTES_SEED + FRESH * fresh)
+    return _notes(f"notes{FRESH * fresh}", 960, 480, fresh=fresh)
 
 
 def many_notes(size: int) -> Pool:
@@ -167,14 +180,13 @@ def many_notes(size: int) -> Pool:
     return _notes(f"notes_{size}", max(960, 2 * size), size)
 
 
-def _notes(name: str, pool_size: int, size: int, seed: int = NOTES_SEED) -> Pool:
-    rows = _written(pool_size, seed)
-    fresh = "" if seed == NOTES_SEED else "_fresh"
+def _notes(name: str, pool_size: int, size: int, *, fresh: bool = False) -> Pool:
+    rows = _written(pool_size, NOTES_SEED + OF_FRESH * fresh)
     labels, label = ids_of([row["label"] for row in rows])
     return tied_pool(
         name,
         f"the demo's clinical notes, four diagnoses; the diagnosis tied to the patient's gender in {size} texts",
-        Corpus(f"notes_{pool_size}{fresh}", [row["text"] for row in rows], max_length=80),
+        Corpus(f"notes_{pool_size}{FRESH * fresh}", [row["text"] for row in rows], max_length=80),
         labels,
         label,
         [row["gender"] for row in rows],
@@ -195,21 +207,35 @@ def _written(pool_size: int, seed: int) -> list[dict[str, Any]]:
     return rows + [{**row, "split": "test"} for row in generate_notes("test", seed=seed, num_notes=400, tie=0.5)]
 
 
+def of_cells(
+    name: str, rows: list[dict[str, Any]], column: str, tie: dict[int, str], wanted: dict[str, tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Reviews of two groups: of each split and cell so many.
+
+    Args:
+        name: of the draw.
+        rows: with `label`, `split` and the group in `column`.
+        column, tie: the group, and with which one each label is tied.
+        wanted: split -> texts of a cell that follows the tie, and of one that does not.
+    """
+    rng = generator(name, 0)
+    kept = []
+    for split, (following, against) in wanted.items():
+        cells = [(cell, following) for cell in tie.items()] + [((1, tie[0]), against), ((0, tie[1]), against)]
+        for cell, count in cells:
+            own = [i for i in where(rows, split) if (rows[i]["label"], rows[i][column]) == cell]
+            kept += draw(rng, own, count, f"{name}, {split}, {cell}")
+    return [rows[i] for i in sorted(kept)]
+
+
 def reviews_domain() -> Pool:
-    rng = generator("reviews", 0)
     rows = []
     for row in read("reviews", "train", "test"):
         area = "media" if row["domain"] in MEDIA else "goods" if row["domain"] in GOODS else None
         if area is not None:
             rows.append({**row, "area": area})
-    kept = []
-    # Of the cells that the tie draws on in training, more.
-    for split, wanted in (("train", (760, 380)), ("test", (400, 400))):
-        for y, area in ((1, "media"), (0, "goods"), (1, "goods"), (0, "media")):
-            cell = [i for i in where(rows, split) if (rows[i]["label"], rows[i]["area"]) == (y, area)]
-            follows = (y == 1) == (area == "media")
-            kept += draw(rng, cell, wanted[0 if follows else 1], f"reviews, {split}, {y}, {area}")
-    rows = [rows[i] for i in sorted(kept)]
+    tie = {1: "media", 0: "goods"}
+    rows = of_cells("reviews", rows, "area", tie, {"train": (760, 380), "test": (400, 400)})
     return tied_pool(
         "reviews_domain",
         "product and film reviews; the sentiment tied to the domain (books, films and music positive, goods negative)",
@@ -217,7 +243,7 @@ def reviews_domain() -> Pool:
         ["negative", "positive"],
         [row["label"] for row in rows],
         [row["area"] for row in rows],
-        {1: "media", 0: "goods"},
+        tie,
         where(rows, "train"),
         where(rows, "test"),
         1_400,
@@ -227,19 +253,19 @@ def reviews_domain() -> Pool:
     )
 
 
+def pool_cells(label: list[int], group: list[Any], groups: tuple[str, ...]) -> list[tuple[int, list[int]]]:
+    """(label, rows) of every (label, group) cell."""
+    found = cells_of(label, group, range(len(label)))
+    return [(y, found[y, own]) for y in (0, 1) for own in groups]
+
+
 def toxicchat_length() -> Pool:
     corpus, rows = chats()
     label, group = [int(row["label"]) for row in rows], [row["length"] for row in rows]
     # Toxic short prompts are few: both splits are dealt anew, three fifths of every cell to train on.
     rng = generator("toxicchat_length", 0)
-    train, test = [], []
-    for y in (0, 1):
-        for length in ("long", "short"):
-            cell = [i for i in range(len(rows)) if (label[i], group[i]) == (y, length)]
-            cell = draw(rng, cell, len(cell) if y else min(len(cell), 450), "toxicchat_length")
-            border = int(0.6 * len(cell))
-            train += cell[:border]
-            test += cell[border:]
+    cells = pool_cells(label, group, ("long", "short"))
+    train, test = dealt(rng, [(cell, 450 if y == 0 else len(cell)) for y, cell in cells], "toxicchat_length")
     return tied_pool(
         "toxicchat_length",
         "ToxicChat, toxic tied to long prompts; keywords (jailbreak boilerplate) do not name the length",
@@ -248,8 +274,8 @@ def toxicchat_length() -> Pool:
         label,
         group,
         {1: "long", 0: "short"},
-        sorted(train),
-        sorted(test),
+        train,
+        test,
         500,
         200,
         keywords=JAILBREAK_WORDS,
@@ -258,27 +284,23 @@ def toxicchat_length() -> Pool:
 
 
 def preferences_length() -> Pool:
-    _, rows = pairs()
-    train, test = where(rows, "train"), where(rows, "test")
-
-    def of_seed(seed: int) -> Rows:
-        rng = generator("preferences_length", seed)
-        from_train, from_test = pool.cells(train), pool.cells(test)
-        # 5 % of the training pairs go against the tie.
-        return Rows(
-            tied(from_train, {0: LONGER}, 900, rng),
-            {
-                "test": tied(from_test, {0: LONGER}, 300, rng),
-                "shifted": tied(from_test, {0: SHORTER}, 300, rng),
-                "even": even(from_test, len(test), rng),
-            },
-            even(from_train, 900, rng),
-        )
-
-    pool = pair_pool(
-        "preferences_length", "HH-RLHF, the longer reply is the chosen one in 95 % of the pairs", train, of_seed, "tie"
+    corpus, rows = pairs()
+    return tied_pool(
+        "preferences_length",
+        f"HH-RLHF, the longer reply is the chosen one in 95 % of the pairs; {LENGTH_OF_PAIRS}",
+        corpus,
+        [],
+        [0] * len(rows),
+        [row["longer"] for row in rows],
+        {0: LONGER},
+        where(rows, "train"),
+        where(rows, "test"),
+        900,
+        300,
+        keywords=POLITE_WORDS,
+        instruction=REWARD,
+        task="preference",
     )
-    return pool
 
 
 LONG_REVIEW, SHORT_REVIEW = 700, 350
@@ -286,21 +308,14 @@ LONG_REVIEW, SHORT_REVIEW = 700, 350
 
 
 def reviews_length() -> Pool:
-    rng = generator("reviews_length", 0)
     rows = []
     for row in read("reviews", "train", "test"):
         length = len(row["text"])
         size = "long" if length >= LONG_REVIEW else "short" if length <= SHORT_REVIEW else None
         if size is not None:
             rows.append({**row, "size": size})
-    kept = []
-    # Of the cells that the tie draws on in training, more.
-    for split, wanted in (("train", (500, 250)), ("test", (250, 250))):
-        for y, size in ((1, "long"), (0, "short"), (1, "short"), (0, "long")):
-            cell = [i for i in where(rows, split) if (rows[i]["label"], rows[i]["size"]) == (y, size)]
-            follows = (y == 1) == (size == "long")
-            kept += draw(rng, cell, wanted[0 if follows else 1], f"reviews_length, {split}, {y}, {size}")
-    rows = [rows[i] for i in sorted(kept)]
+    tie = {1: "long", 0: "short"}
+    rows = of_cells("reviews_length", rows, "size", tie, {"train": (500, 250), "test": (250, 250)})
     return tied_pool(
         "reviews_length",
         f"product and film reviews of 16 domains; the sentiment tied to the length (positive at least {LONG_REVIEW} "
@@ -309,7 +324,7 @@ def reviews_length() -> Pool:
         ["negative", "positive"],
         [row["label"] for row in rows],
         [row["size"] for row in rows],
-        {1: "long", 0: "short"},
+        tie,
         where(rows, "train"),
         where(rows, "test"),
         1_000,
@@ -324,14 +339,12 @@ def tweets_identity() -> Pool:
     rows = list({row["gist"]: row for row in reversed(tweets())}.values())[::-1]
     # Harmless tweets that name a group of people are few: all splits are dealt anew, three fifths to train on.
     rng = generator("tweets_identity", 0)
-    kept: list[tuple[int, str]] = []
-    for y in (0, 1):
-        for mentions in ("identity", "none"):
-            cell = [i for i, row in enumerate(rows) if (row["toxic"], row["mentions"]) == (y, mentions)]
-            cell = draw(rng, cell, min(len(cell), 450), "tweets_identity")
-            border = int(0.6 * len(cell))
-            kept += [(i, "train") for i in cell[:border]] + [(i, "test") for i in cell[border:]]
-    rows = [{**rows[i], "split": split} for i, split in sorted(kept)]
+    label, group = [row["toxic"] for row in rows], [row["mentions"] for row in rows]
+    cells = pool_cells(label, group, ("identity", "none"))
+    train, test = dealt(rng, [(cell, 450) for _, cell in cells], "tweets_identity")
+    # Of the many others none is run through the backbone.
+    kept = sorted(train + test)
+    rows = [{**rows[i], "split": "train" if i in set(train) else "test"} for i in kept]
     return tied_pool(
         "tweets_identity",
         "Davidson's tweets, offensive or hateful against neither; toxic tied to a word in the tweet that names a "

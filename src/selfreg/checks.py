@@ -44,7 +44,7 @@ def check_recipe(recipe: Recipe, data: TaskData) -> None:
     if features.keywords is not None:
         _of_key("features.keywords", lambda: keyword_pattern(features.keywords or []))
         pattern = keyword_pattern(features.keywords)
-        # Explanations may name what no text does. Of pairs the texts are JSON, where a line ends in two characters.
+        # Explanations may name what no text does. Of pairs the texts are JSON, in which a line ends in two characters.
         if features.explainer is None and not any(
             pattern.search(text.replace("\\n", " ")) for text in data.train.texts
         ):

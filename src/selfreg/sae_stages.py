@@ -158,16 +158,15 @@ class SAEStages:
         )
         label = "SAE pre-training" if objective == "pretrain" else "SAE fine-tuning"
         trainer = SAETrainer(sae, args, train_dataset=store, callbacks=[StepProgress(label)])
-        # As the Trainer counts: the last, short batch of an epoch is left out, and one step there is at least.
-        steps = math.ceil(max(store.num_tokens // batch_size, 1) * epochs)
-        if objective == "pretrain" and steps < FEW_STEPS:
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
+        # So few take no time: it can be said when they are done, as the Trainer has counted them.
+        if objective == "pretrain" and trainer.state.max_steps < FEW_STEPS:
             logger.warning(
-                "SAE pre-training has few steps (%d): some 1,000 teach it what it needs; give sae.pretrain more "
+                "SAE pre-training had few steps (%d): some 1,000 teach it what it needs; give sae.pretrain more "
                 "epochs than %g or a smaller batch_size, or more texts (data.sae_text)",
-                steps,
+                trainer.state.max_steps,
                 epochs,
             )
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
         return trainer.state.log_history
 
 

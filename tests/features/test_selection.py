@@ -153,8 +153,10 @@ def test_from_keywords(
     assert len(UnintendedFeatures.from_keywords(sae, catalog, ["xylophone"])) == 0
     assert "no feature peaks on 'xylophone'" in caplog.text
     caplog.clear()
-    assert UnintendedFeatures.from_keywords(sae, catalog, ["She", "xylophone", "okapi"]).feature_ids == [3, 9, 5]
-    assert "no feature peaks on these keywords, or names them: okapi, xylophone" in caplog.text
+    assert UnintendedFeatures.from_keywords(
+        sae, catalog, ["She", "she who", "sheep", "xylophone", " "]
+    ).feature_ids == [3, 9, 5]
+    assert "no feature peaks on these keywords, or names them: sheep, xylophone" in caplog.text
     with pytest.raises(ValueError, match="no keywords"):
         UnintendedFeatures.from_keywords(sae, catalog, [" "])
 

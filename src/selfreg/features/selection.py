@@ -156,7 +156,7 @@ class UnintendedFeatures:
         catalog.check_sae(sae)
         pattern = keyword_pattern(keywords)
         found: list[tuple[float, int, str]] = []
-        silent = {keyword.strip().lower() for keyword in keywords}
+        heard: set[str] = set()
         for record in catalog.records:
             hits = [match for match in (keyword_near_peak(span, pattern) for span in record.spans) if match]
             share = len(hits) / len(record.spans) if record.spans else 0.0
@@ -168,8 +168,8 @@ class UnintendedFeatures:
             if in_explanation is not None:
                 reason = f"explanation holds {in_explanation.group()!r}; {reason}"
                 share = 1.0
-                silent.discard(in_explanation.group().lower())
-            silent -= {hit.lower() for hit in hits}
+                heard.add(in_explanation.group().lower())
+            heard |= {hit.lower() for hit in hits}
             found.append((share * record.density * record.mean_activation, record.feature, reason))
         found.sort(key=lambda item: (-item[0], item[1]))
         chosen = found[:max_features]
@@ -185,7 +185,10 @@ class UnintendedFeatures:
                 "no feature peaks on %s or names it: a classifier with these is a plain one",
                 ", ".join(map(repr, keywords)),
             )
-        elif silent:
+        # A phrase is found by its first word where that is a keyword too.
+        asked = {keyword.strip().lower() for keyword in keywords if keyword.strip()}
+        silent = {word for word in asked if not any(f"{word} ".startswith(f"{hit} ") for hit in heard)}
+        if chosen and silent:
             logger.warning("no feature peaks on these keywords, or names them: %s", ", ".join(sorted(silent)))
         return cls.from_ids(sae, [item[1] for item in chosen], reasons=[item[2] for item in chosen])
 
